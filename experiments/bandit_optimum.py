@@ -1,0 +1,160 @@
+"""Every route to the KL-regularised optimum ends in the same place.
+
+Papers  DPO: Rafailov et al. 2023, arXiv:2305.18290, Section 4: the policy that maximises E[r] − β KL(π‖π_ref) is
+        π* ∝ π_ref exp(r/β), and DPO on Bradley-Terry labels has it as its optimum. Online DPO: Guo et al. 2024,
+        arXiv:2402.04792. IPO: Azar et al. 2023, arXiv:2310.12036, Section 5 and Eq. 17.
+Claim   Policy gradient with the KL in the reward (REINFORCE) or in the loss (PPO, k2), DPO and online DPO reach π*;
+        IPO reaches its own, different optimum.
+Set-up  One state, five actions, π = softmax of five logits that start at π_ref; β = 1.25, τ = 0.25; Adam, cosine from 0.05.
+        "exact": gradients are expectations: sums over actions or ordered pairs, times their probability; 1,000 steps.
+        "sampled": 20,000 actions or preferences in all. DPO and IPO have them all from the start (pairs uniform), the
+        others draw 100 from the policy in each of 200 steps.
+        IPO regresses h = log π_i/π_j − log π_ref,i/π_ref,j on 1/(2τ) where i won and on −1/(2τ) where j won, so on
+        (P(i≻j) − ½)/τ on average. numpy solves that weighted least-squares problem, and finds the paper's closed form
+        π ∝ π_ref exp(P(y≻μ)/τ), where P(y≻μ) is the chance to win against a uniform opponent.
+Run     rljax run experiments/bandit_optimum.py   (11 s on two CPU cores, nearly all of it compiling)
+Pass    max |π − π*| < 1e-4 with exact gradients; < 0.02 sampled, mean of 3 seeds.
+Got     exact: at most 2e-6. Sampled: REINFORCE 0.0013, PPO 0.0067, DPO 0.0073, online DPO 0.0086, IPO 0.0007.
+        REINFORCE does best because the noise of its gradient vanishes at π*: r − β log π*/π_ref is constant there.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from rljax import advantages, losses, train
+from rljax.types import LossFn, Mean, Metrics, Params, TrainState
+
+REWARDS = jnp.array([1.2, -2.0, 2.0, 0.0, -0.6])
+REF_LOGPS = jnp.log(jnp.array([0.15, 0.10, 0.10, 0.35, 0.30]))
+BETA, TAU = 1.25, 0.25
+WINS = jax.nn.sigmoid(REWARDS[:, None] - REWARDS[None])  # [i j]: P(i ≻ j), Bradley and Terry
+PAIRS = (1 - jnp.eye(5)) / 20  # [i j]: ordered pairs of different actions, all as likely
+
+
+def ipo_tilt() -> np.ndarray:
+    """log π/π_ref of IPO's optimum, up to a constant: weighted least squares over the pairs, minimum norm."""
+    i, j = np.nonzero(np.asarray(PAIRS))
+    weights = np.sqrt(np.asarray(PAIRS)[i, j])
+    targets = (np.asarray(WINS)[i, j] - 0.5) / TAU
+    return np.linalg.lstsq((np.eye(5)[i] - np.eye(5)[j]) * weights[:, None], targets * weights)[0]
+
+
+def draw(key: Array, weights: Array, n: int) -> Array:
+    """How often each outcome came up in n draws, as shares of n; n = 0 is infinitely often: the probabilities."""
+    if n == 0:
+        return weights / jnp.sum(weights)
+    outcomes = jax.random.choice(key, weights.size, (n,), p=weights.ravel() / jnp.sum(weights))
+    return (jnp.bincount(outcomes, length=weights.size) / n).reshape(weights.shape)
+
+
+def preference(loss: Callable[..., Array], ref_logps: Array, *, beta: Array | float) -> LossFn:
+    """A loss on pairs, as an objective of logits. Its batch is [i j]: how often i was preferred to j."""
+    i, j = jnp.indices((ref_logps.size, ref_logps.size)).reshape(2, -1)
+
+    def loss_fn(params: Params, shares: Array) -> tuple[Mean, Metrics]:
+        logps = jax.nn.log_softmax(params["logits"])
+        values = loss(logps[i], logps[j], ref_logps[i], ref_logps[j], beta=beta)
+        return Mean(total=jnp.vdot(shares, values), weight=jnp.sum(shares)), {}
+
+    return loss_fn
+
+
+def act(logps: Array, key: Array, *, n: int, kl_coef: float) -> tuple[Array, Array, Array]:
+    """(how often each action was taken, its log-prob then, its advantage over the mean of the batch)."""
+    shares, old_logps = draw(key, jnp.exp(logps), n), logps[:, None]
+    taken = jnp.ones_like(old_logps, bool)
+    rewards = advantages.shape_rewards(REWARDS, old_logps, REF_LOGPS[:, None], taken, kl_coef=kl_coef)
+    return shares, old_logps, rewards - jnp.vdot(shares, rewards)
+
+
+def reinforce(params: Params, batch: tuple[Array, Array, Array]) -> tuple[Mean, Metrics]:
+    shares, _, advantage = batch
+    values = losses.reinforce_loss(jax.nn.log_softmax(params["logits"])[:, None], advantage)
+    return Mean(total=jnp.vdot(shares, values), weight=jnp.sum(shares)), {}
+
+
+def ppo(params: Params, batch: tuple[Array, Array, Array]) -> tuple[Mean, Metrics]:
+    shares, old_logps, advantage = batch
+    logps = jax.nn.log_softmax(params["logits"])[:, None]
+    penalty = losses.kl_penalty(logps, REF_LOGPS[:, None], estimator="k2")  # k1 would do nothing, k3 end elsewhere
+    values = losses.ppo_clip_loss(logps, old_logps, advantage) + BETA * penalty
+    return Mean(total=jnp.vdot(shares, values), weight=jnp.sum(shares)), {}
+
+
+def fit(loss_fn: LossFn, collect: Callable[[Array, Array], Any], key: Array, *, steps: int, epochs: int = 1) -> Array:
+    """The policy after `steps` times: collect a batch with the policy as it is, and update `epochs` times on it."""
+    optimizer = optax.adam(train.cosine(0.05, steps * epochs))
+    update = train.make_update(loss_fn, optimizer)
+
+    def step(state: TrainState, key: Array) -> tuple[TrainState, None]:
+        batch = collect(jax.nn.log_softmax(state.params["logits"]), key)
+        return jax.lax.scan(lambda state, _: (update(state, batch)[0], None), state, length=epochs)
+
+    state = train.init_state({"logits": REF_LOGPS}, optimizer)
+    return jax.nn.softmax(jax.lax.scan(step, state, jax.random.split(key, steps))[0].params["logits"])
+
+
+def policies(key: Array, *, steps: int, samples: int) -> dict[str, Array]:
+    """Where each algorithm ends. samples: actions or preferences in all; 0 for exact expectations."""
+    keys, n = jax.random.split(key, 6), samples // steps
+    pairs = draw(keys[5], PAIRS * WINS, samples)
+    dpo = preference(losses.dpo_loss, REF_LOGPS, beta=BETA)
+    ipo = preference(losses.ipo_loss, REF_LOGPS, beta=TAU)
+
+    def own_pairs(logps: Array, key: Array) -> Array:
+        return draw(key, jnp.exp(logps[:, None] + logps[None]) * WINS, n)
+
+    return {
+        "REINFORCE": fit(reinforce, functools.partial(act, n=n, kl_coef=BETA), keys[0], steps=steps),
+        "PPO": fit(ppo, functools.partial(act, n=n, kl_coef=0.0), keys[1], steps=steps, epochs=4),
+        "DPO": fit(dpo, lambda logps, key: pairs, keys[2], steps=steps),
+        "online DPO": fit(dpo, own_pairs, keys[3], steps=steps),
+        "IPO": fit(ipo, lambda logps, key: pairs, keys[4], steps=steps),
+    }
+
+
+def verdict(rows: Sequence[tuple[str, str, str, bool]]) -> int:
+    """Print a row per (claim, criterion, measured, whether it holds); the exit status: 0 if all hold."""
+    table = [("claim", "criterion", "measured", "verdict")]
+    table += [(claim, criterion, measured, "pass" if holds else "FAIL") for claim, criterion, measured, holds in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0 if all(holds for *_, holds in rows) else 1
+
+
+def main(*, seeds: int = 3, exact_steps: int = 1000, sampled_steps: int = 200, samples: int = 20_000) -> int:
+    """Compare five algorithms, exact and sampled, with the closed forms; the exit status is 1 if one misses."""
+    if seeds < 1 or samples < sampled_steps:
+        raise ValueError(
+            f"seeds={seeds} must be at least 1, and samples={samples} at least sampled_steps={sampled_steps}"
+        )
+    keys = jax.random.split(jax.random.key(0), seeds)
+    exact = jax.jit(functools.partial(policies, steps=exact_steps, samples=0))(keys[0])
+    sampled = jax.jit(jax.vmap(functools.partial(policies, steps=sampled_steps, samples=samples)))(keys)
+    exact, sampled = jax.device_get((exact, sampled))
+    best, ipo = (np.asarray(jax.nn.softmax(REF_LOGPS + tilt)) for tilt in (REWARDS / BETA, ipo_tilt()))
+    closed = np.asarray(jax.nn.softmax(REF_LOGPS + jnp.mean(WINS, axis=1) / TAU))
+    error = np.max(np.abs(ipo - closed))
+    rows = [("IPO's least squares = closed form", "max |π − π*| < 1e-6", f"{error:.1e}", bool(error < 1e-6))]
+    for name, policy in exact.items():
+        error = np.max(np.abs(policy - (ipo if name == "IPO" else best)))
+        rows.append((f"{name}, exact gradients", "max |π − π*| < 1e-4", f"{error:.1e}", bool(error < 1e-4)))
+    for name, policy in sampled.items():
+        errors = np.max(np.abs(policy - (ipo if name == "IPO" else best)), axis=1)
+        measured = f"{errors.mean():.4f} ({', '.join(f'{e:.4f}' for e in errors)})"
+        rows.append((f"{name}, {samples:,} samples", "max |π − π*| < 0.02", measured, bool(errors.mean() < 0.02)))
+    return verdict(rows)
+
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)

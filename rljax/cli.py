@@ -1,0 +1,182 @@
+"""The command line: `rljax run | selfcheck | sample | export | report`. The only file that knows about arguments."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import functools
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import tyro
+
+from rljax import offline
+
+USAGE = """usage: rljax COMMAND …
+
+  run FILE [--field value …]        train what FILE's `experiment` describes (or call its `main`)
+  selfcheck FILE [--field value …]  only the checks that a run makes before its first step
+  sample RUN_OR_MODEL               let a run, a checkpoint folder or a named model write
+  export RUN FOLDER                 a Hugging Face checkpoint of a run's best (or last) weights
+  report RUN                        write report.md and its plots again
+
+`rljax COMMAND --help` lists the options of each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status. Input errors are one paragraph on stderr and status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(argv[0]) if argv else None
+    if command is None:
+        wanted = not argv or argv[0] in ("-h", "--help", "help")
+        print(USAGE if wanted else f"rljax: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
+        return 0 if argv and wanted else 2
+    try:
+        return command(argv[1:])
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if os.environ.get("RLJAX_TRACEBACK"):
+            raise
+        print(f"rljax {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+def run_file(file: str) -> None:
+    """What an experiment file calls at its end, so that `python FILE …` is `rljax run FILE …`."""
+    raise SystemExit(main(["run", file, *sys.argv[1:]]))
+
+
+def run(argv: Sequence[str]) -> int:
+    experiment, file = read_experiment(argv, "run")
+    return experiment() if callable(experiment) else offline.run(experiment, file)
+
+
+def selfcheck(argv: Sequence[str]) -> int:
+    experiment, file = read_experiment(argv, "selfcheck")
+    if callable(experiment):
+        raise ValueError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
+    return offline.selfcheck(experiment, file)
+
+
+def sample(argv: Sequence[str]) -> int:
+    return tyro.cli(offline.sample, args=list(argv), prog="rljax sample")
+
+
+def export(argv: Sequence[str]) -> int:
+    return tyro.cli(offline.export, args=list(argv), prog="rljax export")
+
+
+def report(argv: Sequence[str]) -> int:
+    return tyro.cli(offline.report, args=list(argv), prog="rljax report")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "run": run,
+    "selfcheck": selfcheck,
+    "sample": sample,
+    "export": export,
+    "report": report,
+}
+
+
+def read_experiment(argv: Sequence[str], command: str) -> tuple[Any, pathlib.Path]:
+    """(the file's experiment with the options applied, the file); a file with `main` gives a function to call."""
+    if not argv or argv[0].startswith("-"):
+        raise ValueError(f"name the experiment file: rljax {command} FILE [--field value …]")
+    file = pathlib.Path(argv[0])
+    module = import_file(file)
+    prog = f"rljax {command} {file}"
+    if hasattr(module, "experiment"):
+        return with_options(module.experiment, argv[1:], prog), file
+    if hasattr(module, "main"):
+        return functools.partial(tyro.cli, module.main, args=list(argv[1:]), prog=prog), file
+    raise ValueError(f"{file} defines neither `experiment` (a value such as rljax.offline.Preference(…)) nor `main`")
+
+
+def import_file(file: pathlib.Path) -> ModuleType:
+    """Import an experiment module by its path, under its own name, with its folder importable as for `python FILE`."""
+    if not file.is_file():
+        raise ValueError(f"there is no experiment file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    sys.path.insert(0, str(file.parent.resolve()))
+    spec.loader.exec_module(module)
+    return module
+
+
+def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") -> Any:
+    """Replace fields of an experiment by `--field value`, and keyword arguments of its functions by `--field.name value`.
+
+    The options are a dataclass made from the experiment's value: a field that holds a function becomes a group of that
+    function's keyword-only parameters. What is not among them is an error.
+    """
+    hints = typing.get_type_hints(type(experiment))
+    values = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
+    options, defaults = [], {}
+    for name, value in values.items():
+        if callable(value):
+            group = _keyword_options(name, value)
+            if group is not None:
+                options.append((name, type(group), dataclasses.field(default=group)))
+                defaults[name] = group
+        else:
+            options.append((name, _without_functions(hints[name]), dataclasses.field(default=value)))
+    made = dataclasses.make_dataclass(type(experiment).__name__, options, kw_only=True, frozen=True)
+    made.__doc__ = type(experiment).__doc__
+    chosen = tyro.cli(made, args=list(argv), prog=prog)
+    changes = {name: getattr(chosen, name) for name, _, _ in options}
+    for name, default in defaults.items():
+        same = changes[name] == default
+        changes[name] = values[name] if same else functools.partial(values[name], **dataclasses.asdict(changes[name]))
+    return dataclasses.replace(experiment, **changes)
+
+
+def _keyword_options(name: str, function: Callable[..., Any]) -> Any:
+    """A dataclass value of the parameters with a default that fits on a command line, or None where there are none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None
+    hints = _hints(function)
+    fields = []
+    for parameter in parameters:
+        kind = _option_type(hints.get(parameter.name), parameter.default)
+        if kind is not None:
+            fields.append((parameter.name, kind, dataclasses.field(default=parameter.default)))
+    return dataclasses.make_dataclass(name, fields, kw_only=True, frozen=True)() if fields else None
+
+
+def _option_type(hint: Any, default: Any) -> Any:
+    """What to read an option as: its annotation if that is plain, else the type of its default (1 may become 0.5)."""
+    plain = (bool, int, float, str)
+    if default is inspect.Parameter.empty or not (default is None or isinstance(default, plain)):
+        return None
+    if any(hint is t for t in plain) or (typing.get_args(hint) and all(t in (*plain, type(None)) for t in typing.get_args(hint))):
+        return hint
+    if default is None:
+        return None
+    return float if type(default) is int else type(default)
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    while isinstance(function, functools.partial):
+        function = function.func
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # annotations that only a type checker can read
+        return {}
+
+
+def _without_functions(hint: Any) -> Any:
+    """The part of a union that can be written on a command line."""
+    parts = [t for t in typing.get_args(hint) if typing.get_origin(t) is not collections.abc.Callable]
+    return typing.Union[tuple(parts)] if len(parts) > 1 else hint if not parts else parts[0]  # noqa: UP007

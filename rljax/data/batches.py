@@ -1,0 +1,153 @@
+"""Examples to batches of fixed shape: padding, packing, and one collation per kind of data. All arrays are numpy."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from rljax.data.examples import Comparison, Example, Unpaired, mismatch
+from rljax.data.progress import track
+from rljax.data.rows import Row, Rows
+from rljax.types import ComparisonBatch, Tokens
+
+T = TypeVar("T")
+Packed = tuple[Example, ...]  # the documents of one row
+
+
+def tokenize(rows: Rows, example: Callable[[Row], T]) -> list[T]:
+    """example(row) for every row, now (packing needs all lengths); a bad row raises with its place."""
+    return [rows.apply(example, i) for i in track(range(len(rows)), "tokenising", len(rows))]
+
+
+def memoized(rows: Rows, example: Callable[[Row], T], *, capacity: int = 100_000) -> Callable[[int], T | None]:
+    """index -> example(row), keeping the last `capacity` results; -1 (see `eval_batches`) gives None: an empty row."""
+
+    @functools.lru_cache(maxsize=capacity)
+    def get(index: int) -> T:
+        return rows.apply(example, index)
+
+    return lambda index: None if index < 0 else get(int(index))
+
+
+def pad(examples: Sequence[Example | Packed | None], length: int) -> Tokens:
+    """Rows of `length` tokens, filled up on the right with segments 0 -> Tokens [b length].
+
+    A row is an example (segment 1), the examples of a packed row (segments 1, 2, …), or None (all padding).
+    """
+    ids = np.zeros((len(examples), length), np.int32)
+    segments = np.zeros((len(examples), length), np.int32)
+    mask = np.zeros((len(examples), length), bool)
+    for row, item in enumerate(examples):
+        at = 0
+        for segment, example in enumerate(_documents(item), start=1):
+            end = at + len(example.ids)
+            if end > length:
+                raise ValueError(
+                    f"pad: {end} tokens do not fit in rows of length={length}; cut the examples, or give a longer "
+                    "length"
+                )
+            ids[row, at:end], mask[row, at:end], segments[row, at:end] = example.ids, example.mask, segment
+            at = end
+    return _tokens(ids, segments, mask)
+
+
+def _documents(item: Example | Packed | None) -> Packed:
+    if item is None:
+        return ()
+    return (item,) if isinstance(item, Example) else item
+
+
+def _tokens(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray) -> Tokens:
+    arrays: dict[str, Any] = {"ids": ids, "segments": segments, "mask": mask}
+    return Tokens(**arrays)
+
+
+def pack(examples: Sequence[Example], length: int, *, window: int = 1000, truncate: bool = True) -> list[Packed]:
+    """Rows of several documents each, of at most `length` tokens: as few as first-fit-decreasing finds, for `pad`.
+
+    Documents are taken `window` at a time (in their order) and sorted by length within the window, so rows mix
+    neighbours only and the work is bounded. Deterministic: ties keep their order. Documents without a trained token
+    are left out. truncate: a longer document keeps its first `length` tokens; False raises.
+    """
+    too_long = next((i for i, example in enumerate(examples) if len(example.ids) > length), None)
+    if too_long is not None and not truncate:
+        raise ValueError(
+            f"pack: document {too_long} has {len(examples[too_long].ids)} tokens and rows hold length={length}; "
+            "raise the length, or allow documents to be cut with truncate=True"
+        )
+    cut = [Example(e.ids[:length], e.mask[:length], min(e.prompt, length)) for e in examples]
+    rows: list[Packed] = []
+    for start in range(0, len(cut), window):
+        rows += _first_fit([e for e in cut[start : start + window] if e.mask.any()], length)
+    if not rows:
+        raise ValueError(f"pack: none of the {len(examples)} documents has a trained token within {length} tokens")
+    return rows
+
+
+def _first_fit(examples: Sequence[Example], length: int) -> list[Packed]:
+    rows: list[list[Example]] = []
+    room = np.zeros(len(examples), np.int64)  # tokens left in each row
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        fits = np.flatnonzero(room[: len(rows)] >= len(example.ids))
+        if len(fits):
+            row = int(fits[0])
+            rows[row].append(example)
+        else:
+            row = len(rows)
+            rows.append([example])
+            room[row] = length
+        room[row] -= len(example.ids)
+    return [tuple(row) for row in rows]
+
+
+def collate_supervised(examples: Sequence[Example | Packed | None], length: int) -> Tokens:
+    """Examples or packed rows -> Tokens [b length]."""
+    return pad(examples, length)
+
+
+def collate_preference(pairs: Sequence[tuple[Example, Example] | None], length: int) -> tuple[Tokens, Tokens]:
+    """(chosen, rejected) pairs -> (chosen, rejected), Tokens [b length] each."""
+    chosen, rejected = (pad([None if pair is None else pair[side] for pair in pairs], length) for side in (0, 1))
+    return chosen, rejected
+
+
+def collate_unpaired(
+    examples: Sequence[Unpaired | None], partners: Sequence[Unpaired | None], length: int
+) -> tuple[Tokens, Tokens, np.ndarray]:
+    """-> (tokens, mismatched, desirable): Tokens [b length], Tokens [b length], bool[b].
+
+    mismatched: the prompt of each example with the completion of its partner, the row after it in the global batch
+    (`partners`). An evaluation batch without partners of its own can take its rows rolled by one: examples[1:] +
+    examples[:1].
+    """
+    if len(examples) != len(partners):
+        raise ValueError(f"collate_unpaired: {len(examples)} examples but {len(partners)} partners; give one for each")
+    pairs = [
+        None if mine is None or other is None else mismatch(mine.example, other.example)
+        for mine, other in zip(examples, partners, strict=True)
+    ]
+    tokens = pad([None if item is None else item.example for item in examples], length)
+    desirable = np.asarray([item is not None and item.desirable for item in examples], bool)
+    return tokens, pad(pairs, length), desirable
+
+
+def collate_comparison(examples: Sequence[Comparison | None], length: int, k: int = 2) -> ComparisonBatch:
+    """k completions of each prompt -> ComparisonBatch with Tokens [b k length]."""
+    rows: list[Example | None] = []
+    for item in examples:
+        if item is not None and len(item.examples) != k:
+            raise ValueError(
+                f"a row has {len(item.examples)} completions and the batch k={k}; every row must have the same number"
+            )
+        rows += [None] * k if item is None else item.examples
+    flat = pad(rows, length)
+    shape = (len(examples), k, length)
+    arrays: dict[str, Any] = {
+        "best": np.asarray([0 if item is None else item.best for item in examples], np.int32),
+        "margin": np.asarray([0 if item is None else item.margin for item in examples], np.float32),
+    }
+    tokens = _tokens(*(np.asarray(x).reshape(shape) for x in (flat.ids, flat.segments, flat.mask)))
+    return ComparisonBatch(tokens=tokens, **arrays)

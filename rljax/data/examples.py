@@ -1,0 +1,264 @@
+"""Rows to tokens: pure functions from a row and a tokenizer to what a model is trained on.
+
+Rules, the same for all of them:
+  - A prompt is tokenised alone, so that training sees the very tokens that generation continues. The completion gets
+    the tokens that it has in prompt + completion tokenised once, wherever that tokenisation begins with the prompt's
+    tokens: always where a special token stands at the border (chat templates). Where the tokenizer would merge across
+    the border, the prompt keeps its tokens and the completion is tokenised as a continuation.
+  - The beginning-of-sequence token stands at the start, once, if the tokenizer adds one (`tokenizer.add_bos_token =
+    True` makes it); never inside a response. With a chat template it is the template's business.
+  - A completion that is not cut ends in one end token, trained: eos, or the chat template's end of turn. Nothing comes
+    after it.
+  - Prompts that are too long keep their end (and their beginning-of-sequence token); completions keep their beginning.
+  - The first token of an example is never trained: nothing predicts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rljax.data import chat, forms
+from rljax.data.forms import Text
+from rljax.data.rows import Row
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """One document, or one prompt with its completion."""
+
+    ids: np.ndarray  # i32[n]
+    mask: np.ndarray  # bool[n]; the trained tokens
+    prompt: int = 0  # how many of the tokens are the prompt's
+
+
+class Unpaired(NamedTuple):
+    example: Example
+    desirable: bool
+
+
+class Comparison(NamedTuple):
+    examples: tuple[Example, ...]  # [k], of one prompt
+    best: int
+    margin: float
+
+
+def text_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
+    """{"text"}: all tokens but the first are trained, and eos after the last (unless the text is cut)."""
+    _at_least_one(max_length=max_length)
+    ids = _prompt(forms.text_row(row)["text"], tokenizer)[1]
+    eos = _eos(tokenizer)
+    while len(ids) > 1 and ids[-2:] == [eos, eos]:
+        ids.pop()
+    ids = ids if ids[-1:] == [eos] else [*ids, eos]
+    return _example(ids[:max_length], [True] * len(ids[:max_length]))
+
+
+def prompt_ids(prompt: Text, tokenizer: Any, *, max_prompt: int | None = None) -> np.ndarray:
+    """The tokens i32[n] that generation continues: of a text, or of messages up to where the answer begins."""
+    _at_least_one(max_prompt=max_prompt)
+    _, ids, keep = _prompt(prompt, tokenizer)
+    return np.asarray(_cut_prompt(ids, keep, max_prompt), np.int32)
+
+
+def prompt_example(row: Row, tokenizer: Any, *, max_prompt: int | None = None) -> Example:
+    """{"prompt"}: nothing is trained."""
+    ids = prompt_ids(forms.prompt_row(row)["prompt"], tokenizer, max_prompt=max_prompt)
+    return Example(ids, np.zeros(len(ids), bool), len(ids))
+
+
+def completion_example(
+    row: Row, tokenizer: Any, *, max_prompt: int | None = None, max_completion: int | None = None
+) -> Example:
+    """{"prompt", "completion"}, texts or messages: the completion and its end token are trained.
+
+    Of a completion of several messages (a dialogue with a user or a tool) only the assistant's are.
+    """
+    row = forms.completion_row(row)
+    return _join(row["prompt"], row["completion"], tokenizer, max_prompt, max_completion)
+
+
+def chat_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
+    """{"messages"}: the assistant's contents and end-of-turn tokens are trained, in every turn (see `chat.spans`).
+
+    The tokens are exactly those of tokenizer.apply_chat_template(messages), cut at `max_length`; where the template
+    writes no end-of-turn token and the assistant speaks last, eos is appended and trained.
+    """
+    _at_least_one(max_length=max_length)
+    messages = forms.chat_row(row)["messages"]
+    text, spans = chat.spans(messages, tokenizer)
+    ids, offsets = _encode(tokenizer, text)
+    mask = _covered(offsets, spans)
+    if messages[-1]["role"] == "assistant" and not chat.special_pattern(tokenizer).search(text, spans[-1][0]):
+        ids, mask = _close(ids, mask, tokenizer)
+    return _example(ids[:max_length], mask[:max_length])
+
+
+def preference_example(
+    row: Row, tokenizer: Any, *, max_prompt: int | None = None, max_completion: int | None = None
+) -> tuple[Example, Example]:
+    """{"prompt", "chosen", "rejected"} (see `preference_row`) -> (chosen, rejected), with equal prompt tokens."""
+    row = forms.preference_row(row)
+    chosen, rejected = (
+        _join(row["prompt"], row[side], tokenizer, max_prompt, max_completion) for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def unpaired_example(
+    row: Row, tokenizer: Any, *, max_prompt: int | None = None, max_completion: int | None = None
+) -> Unpaired:
+    """{"prompt", "completion", "label"} -> the completion and whether it is desirable."""
+    row = forms.unpaired_row(row)
+    return Unpaired(_join(row["prompt"], row["completion"], tokenizer, max_prompt, max_completion), row["label"])
+
+
+def comparison_example(
+    row: Row, tokenizer: Any, *, max_prompt: int | None = None, max_completion: int | None = None
+) -> Comparison:
+    """{"prompt", "completions", "best"}, or a preference row (k = 2, best 0), with an optional "margin"."""
+    row = forms.comparison_row(row)
+    examples = tuple(_join(row["prompt"], text, tokenizer, max_prompt, max_completion) for text in row["completions"])
+    return Comparison(examples, row["best"], row["margin"])
+
+
+def mismatch(prompt_of: Example, completion_of: Example) -> Example:
+    """The prompt of one example with the completion of another: KTO's pairs for its estimate of the KL."""
+    head, tail = prompt_of.ids[: prompt_of.prompt], completion_of.ids[completion_of.prompt :]
+    mask = np.concatenate([np.zeros(len(head), bool), completion_of.mask[completion_of.prompt :]])
+    return _example(np.concatenate([head, tail]), mask, len(head))
+
+
+# --- prompt + completion ----------------------------------------------------------------------------------------------
+
+
+def _join(
+    prompt: Text, completion: Text, tokenizer: Any, max_prompt: int | None, max_completion: int | None
+) -> Example:
+    _at_least_one(max_prompt=max_prompt, max_completion=max_completion)
+    text, head, keep = _prompt(prompt, tokenizer)
+    if isinstance(completion, str):
+        ids = _continuation(text, completion, tokenizer)[0]
+        eos = _eos(tokenizer)
+        tail = [*(ids[: ids.index(eos)] if eos in ids else ids), eos]  # nothing after an end token is ever generated
+        mask = [True] * len(tail)
+    else:
+        tail, mask = _answer(text, prompt, completion, tokenizer)
+    head = _cut_prompt(head, keep, max_prompt)
+    tail, mask = tail[:max_completion], mask[:max_completion]
+    return _example([*head, *tail], [False] * len(head) + mask, len(head))
+
+
+def _answer(text: str, prompt: Any, completion: list[chat.Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokens and mask of messages after a prompt that renders as `text`, up to the end of the last answer."""
+    whole, spans = chat.spans([*prompt, *completion], tokenizer, first=len(prompt))
+    if not whole.startswith(text):
+        raise ValueError(
+            "the chat template's generation prompt is not how it begins an answer, so training would not see what "
+            f"generation sees: the prompt ends in {text[-40:]!r}, where the dialogue has {whole[: len(text)][-40:]!r}; "
+            "mend tokenizer.chat_template, or give prompts and completions as texts"
+        )
+    rest, spans = whole[len(text) :], [(start - len(text), end - len(text)) for start, end in spans if end > len(text)]
+    spans[0] = (-1, spans[0][1])  # all that generation has to write, an empty <think> block for instance
+    end = chat.special_pattern(tokenizer).search(rest, spans[-1][1])
+    if end and not rest[spans[-1][1] : end.start()].strip() and completion[-1]["role"] == "assistant":
+        spans[-1] = (spans[-1][0], end.end())  # {% generation %} marks that leave the end of turn out
+    ids, offsets = _continuation(text, rest, tokenizer)
+    mask = _covered(offsets, spans)
+    last = max((i for i, trained in enumerate(mask) if trained), default=-1)
+    ids, mask = ids[: last + 1], mask[: last + 1]
+    closed = list(chat.special_pattern(tokenizer).finditer(rest, max(0, spans[-1][0]), spans[-1][1]))
+    if not closed or closed[-1].end() != spans[-1][1]:
+        ids, mask = _close(ids, mask, tokenizer)
+    return ids, mask
+
+
+def _close(ids: list[int], mask: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """End after the last trained token with a trained eos: for chat templates that write no end-of-turn token."""
+    last = max((i for i, trained in enumerate(mask) if trained), default=len(mask) - 1)
+    return [*ids[: last + 1], _eos(tokenizer)], [*mask[: last + 1], True]
+
+
+def _prompt(prompt: Text, tokenizer: Any) -> tuple[str, list[int], int]:
+    """A prompt as text and as tokens, not yet cut, and how many tokens at its start mark the beginning."""
+    if isinstance(prompt, str):
+        lead, ids = _lead(tokenizer), _encode(tokenizer, prompt)[0]
+        return prompt, ids if ids[: len(lead)] == lead else [*lead, *ids], len(lead)
+    text = chat.render(prompt, tokenizer, generation_prompt=True)
+    # A template may begin with what is called the bos token without meaning it (SmolLM2's <|im_start|>).
+    begins = "bos_token" in tokenizer.get_chat_template() and text.startswith(str(tokenizer.bos_token))
+    return text, _encode(tokenizer, text)[0], int(begins)
+
+
+def _cut_prompt(ids: list[int], keep: int, limit: int | None) -> list[int]:
+    """The last `limit` tokens, but the first `keep` kept."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    keep = min(keep, limit)
+    return [*ids[:keep], *ids[len(ids) - limit + keep :]]
+
+
+def _continuation(text: str, rest: str, tokenizer: Any) -> tuple[list[int], list[chat.Span]]:
+    """Tokens of `rest` as it stands after `text`, and their characters in `rest`."""
+    # Where the tokenizer merges across the border, another neighbour shows how it tokenises a text that is not a
+    # beginning (so that, for instance, no space is put before it).
+    for before in (text, "\n", ".", "0", "a"):
+        head, (ids, offsets) = _encode(tokenizer, before)[0], _encode(tokenizer, before + rest)
+        if ids[: len(head)] == head:
+            shift = len(before)
+            return ids[len(head) :], [(max(0, a - shift), b - shift) for a, b in offsets[len(head) :]]
+    return _encode(tokenizer, rest)
+
+
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[chat.Span]]:
+    """Tokens and the characters each stands for; no special token is added."""
+    if not text:
+        return [], []
+    out = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    return out["input_ids"], out["offset_mapping"]
+
+
+def _lead(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts before every text."""
+    plain, full = _encode(tokenizer, "a")[0], tokenizer("a", verbose=False)["input_ids"]
+    return full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
+
+
+def _covered(offsets: list[chat.Span], spans: list[chat.Span]) -> list[bool]:
+    """Which tokens lie in a span of characters.
+
+    Some tokenizers trim spaces from offsets, so that a token of spaces stands for no character, at the place where it
+    ends: there it counts as part of a span that ends there, unless another token reaches that far (an end-of-turn
+    token).
+    """
+    first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    mask = np.zeros(len(offsets), bool)
+    for start, end in spans:
+        reached = ((last == end) & (first < end)).any()
+        mask |= (last > start) & ((first < end) | ((last == end) & ~reached))
+    return mask.tolist()
+
+
+def _example(ids: Any, mask: Any, prompt: int = 0) -> Example:
+    ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
+    mask[:1] = False
+    return Example(ids, mask, prompt)
+
+
+def _eos(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, so no "
+            "completion could end: set tokenizer.eos_token"
+        )
+    return tokenizer.eos_token_id
+
+
+def _at_least_one(**limits: int | None) -> None:
+    for name, limit in limits.items():
+        if limit is not None and limit < 1:
+            raise ValueError(f"{name}={limit} leaves no token; give at least 1, or None for no limit")

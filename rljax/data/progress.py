@@ -1,0 +1,41 @@
+"""A progress bar for passes over the data that take longer than one would wait without asking."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = 2.0  # seconds before anything is shown
+
+
+def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """Yield `items`; from two seconds on, show how far they are and how long the rest takes (on stderr)."""
+    start, bar = time.monotonic(), None
+    try:
+        for done, item in enumerate(items):
+            if bar is not None:
+                bar.update(bar.task_ids[0], completed=done)
+            elif time.monotonic() - start > PATIENCE:
+                bar = _bar(label, total)
+            yield item
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+def _bar(label: str, total: int):
+    """A started bar on a terminal; one plain line in a log file."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar.add_task(label, total=total)
+    if console.is_terminal:
+        bar.start()
+    else:
+        console.print(f"{label}: {total:,} …")
+    return bar

@@ -1,0 +1,22 @@
+"""Models as bundles of pure functions. The only package that knows Flax."""
+
+from rljax.models.cache import Cache, init_cache, repeat_cache
+from rljax.models.config import ModelConfig, Rope
+from rljax.models.heads import Head, ScalarModel, reward_model, scalar_head
+from rljax.models.rules import RULES
+from rljax.models.transformer import build, unstack
+
+__all__ = [
+    "RULES",
+    "Cache",
+    "Head",
+    "ModelConfig",
+    "Rope",
+    "ScalarModel",
+    "build",
+    "init_cache",
+    "repeat_cache",
+    "reward_model",
+    "scalar_head",
+    "unstack",
+]

@@ -1,0 +1,153 @@
+"""Writing a checkpoint folder: the stored tensors from the leaves, in shards, atomically.
+
+Leaves are gathered one layer at a time; with several processes all of them gather and the first one writes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from rljax.models.hf_read import Target, causal
+from rljax.models.tensors import axes_of, join_parts
+from rljax.types import Params
+
+SHARD_BYTES = 5_000_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+_OWN_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json")
+Tensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, and how to get it
+
+
+def gather(array: Any) -> np.ndarray:
+    """A host copy of an array that may be spread over devices and processes."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def stored_tensors(params: Params, wanted: Mapping[str, Target], derived: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Every tensor of the file, weights first; `derived` are the buffers that the checkpoint came with."""
+    leaves = flatten_dict(params, sep="/")
+
+    def weight(target: Target) -> np.ndarray:
+        parts = [gather(leaves[x] if target.layer is None else leaves[x][target.layer]) for x in target.leaves]
+        axes = [axes_of(leaf, target.layout, part) for part, leaf in enumerate(target.leaves)]
+        return join_parts(parts, target.layout, axes)
+
+    def buffer(note: Any) -> np.ndarray:
+        if note == "tied":
+            return gather(leaves["embed/tokens"])
+        shape, dtype = tuple(note["shape"]), jax.numpy.dtype(note["dtype"])
+        if note["value"] == "causal":
+            return np.ascontiguousarray(causal(shape, dtype))
+        return np.frombuffer(base64.b64decode(note["value"]), dtype).reshape(shape)
+
+    for name, target in wanted.items():
+        size = sum(leaves[x].nbytes // (1 if target.layer is None else len(leaves[x])) for x in target.leaves)
+        yield name, size, lambda target=target: weight(target)
+    for name, note in derived.items():
+        value = leaves["embed/tokens"] if note == "tied" else buffer(note)
+        yield name, value.nbytes, lambda note=note: buffer(note)
+
+
+def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(size for _, size, _ in shards[-1]) + tensor[1] > limit:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def write_tensors(folder: pathlib.Path | None, tensors: list[Tensor], limit: int = SHARD_BYTES) -> None:
+    """model.safetensors, or numbered shards with an index. A folder of None only takes part in the gathering."""
+    from safetensors.numpy import save_file
+
+    shards = _shards(tensors, limit)
+    places: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        arrays = {name: get() for name, _, get in shard}
+        places |= dict.fromkeys(arrays, file)
+        if folder:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
+    if folder and len(shards) > 1:
+        total = sum(size for _, size, _ in tensors)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
+    """A tokenizer object, or the files of a folder that has one."""
+    if not isinstance(tokenizer, str | os.PathLike):
+        tokenizer.save_pretrained(folder)
+        return
+    source = pathlib.Path(tokenizer)
+    files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
+    if not files:
+        raise ValueError(
+            f"tokenizer={str(source)!r} is not a folder with tokenizer files; give one, or a loaded tokenizer."
+        )
+    for file in files:
+        (shutil.copytree if file.is_dir() else shutil.copy)(file, folder / file.name)
+
+
+def check_target(path: pathlib.Path) -> None:
+    """An export may replace an export, and nothing else."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; save writes a folder.")
+    foreign = [
+        file.name
+        for file in (path.iterdir() if path.exists() else ())
+        if file.name not in _OWN_FILES and not (file.name.startswith("model") and file.suffix == ".safetensors")
+    ]
+    if foreign:
+        raise ValueError(
+            f"{path} is not empty and holds {sorted(foreign)[0]!r}, which is no part of a saved model; save to a new folder "
+            "(a folder that holds nothing but an earlier export is replaced)."
+        )
+
+
+def replace_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """Fill a folder beside `path`, then put it in its place: whatever happens, `path` is never half a model."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
+        fill(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

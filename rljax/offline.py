@@ -1,0 +1,349 @@
+"""The program whose batches come from a data set: supervised fine-tuning, reward models, preference learning.
+
+`run` reads from top to bottom: set up, check, loop, report. What is trained on is a `Task` (tasks.py); everything else here
+is the same for every kind of experiment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import signal
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rljax import data, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
+from rljax.checkpoint import Checkpoints
+from rljax.manifest import read_json, write_json
+from rljax.program import Evaluation, Run
+from rljax.types import Mean, TrainState
+
+__all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SFT(Run):
+    """Supervised fine-tuning on texts, prompts with completions, or chats (whichever the rows are)."""
+
+    packing: bool = False  # several documents a row; attention does not cross them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModel(Run):
+    """A scalar reward on comparisons: `loss` compares pairs, or picks the best of k."""
+
+    loss: Callable[..., Any] = losses.bradley_terry_loss
+    normalize: int = 0  # policy samples on which the reward gets mean 0 and std 1, before and after (1909.08593)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preference(Run):
+    """Learning from pairs. `loss` sees [b] log-probabilities: policy chosen and rejected, then the reference's."""
+
+    loss: Callable[..., Any]
+    average: bool = False  # log-probabilities per token instead of summed (SimPO, ORPO)
+    reference: bool = True  # False: the loss takes the policy's two arrays only (SimPO, ORPO, CPO, SLiC)
+    cache_reference: bool = True  # the reference's log-probabilities once, kept on disk; False: with every batch
+    nll_weight: float = 0.0  # plus this much negative log-likelihood of the chosen (ORPO, CPO, RPO)
+    nll_average: bool = True  # per token (RPO, ORPO) or summed (CPO)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unpaired(Run):
+    """Learning from single completions marked good or bad (KTO); pairs are taken apart."""
+
+    loss: Callable[..., Any] = functools.partial(losses.kto_loss, beta=0.1)
+
+
+HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
+
+
+class Progress(NamedTuple):
+    """What a checkpoint remembers beside the state."""
+
+    best: float | None = None
+    waited: int = 0  # evaluations since it was found
+    done: bool = False
+
+
+class Setup(NamedTuple):
+    """Everything that a run is made of, before its first step."""
+
+    policy: policy.Policy  # where training starts, and the reference
+    task: tasks.Task
+    state: TrainState
+    shardings: TrainState
+    place: Callable[[Any], Any]  # this host's rows of a batch -> global arrays on the mesh, fields filled in
+    update: Callable[..., Any]  # compiled
+    evaluate: Callable[..., Any]  # compiled
+    schedule: optax.Schedule
+    memory: Any  # the compiler's analysis of the update
+
+
+def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
+    """Train what the experiment describes, in its run folder; resume there if it was begun. Returns the exit status:
+    0, or 128 + the signal's number when Ctrl-C or SIGTERM ended the run (saved, to be resumed by the same command).
+    """
+    program.check_settings(experiment)
+    folder = program.run_folder(experiment, file)
+    with tracking.lock(folder), tracking.graceful_stop() as stop:
+        tracking.write_manifest(
+            folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
+        )
+        with (
+            Checkpoints(
+                folder / "checkpoints",
+                keep=experiment.keep,
+                best_metric=experiment.best,
+                best_mode=experiment.best_mode,
+            ) as checkpoints,
+            _tracker(experiment, folder, checkpoints.latest()) as tracker,
+        ):
+            setup = set_up(experiment, folder, tracker)
+            state, progress = _begin(experiment, setup, checkpoints, tracker)
+            _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
+    if stop.requested is not None:
+        return 128 + signal.Signals[stop.requested].value
+    written = report.write_report(folder)
+    print(f"\nreport: {written}\nexport: rljax export {folder} FOLDER")
+    return 0
+
+
+def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
+    """Only what a run does before its first step: set everything up, check it, say what was found."""
+    program.check_settings(experiment)
+    folder = program.run_folder(experiment, file)
+    with (
+        tracking.lock(folder),
+        tracking.Tracker(folder / "selfcheck", total_steps=experiment.steps, tensorboard=False) as tracker,
+    ):
+        setup = set_up(experiment, folder, tracker)
+        return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
+
+
+def set_up(experiment: Run, folder: pathlib.Path, tracker: tracking.Tracker) -> Setup:
+    """Mesh, policy, data, state on its shardings, compiled functions: in this order, each needing the one before."""
+    mesh = program.make_mesh(experiment)
+    with tracker.phase(f"loading {experiment.model}"):
+        start = program.load_policy(experiment, mesh)
+    rows = _rows(experiment, start, folder, tracker)
+    task = _task(experiment, start, rows, mesh, tracker)
+    optimizer, schedule = program.make_optimizer(experiment)
+    state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
+
+    def place(batch: Any, params: Any) -> Any:
+        batch = reference.place(batch, mesh)
+        return batch if task.prepare is None else task.prepare(params, batch)
+
+    update = train.make_update(task.loss_fn, optimizer, shardings=shardings, microbatches=experiment.microbatches)
+    with tracker.phase("compiling the update"):
+        batch = place(task.batch(0), state.params)
+        compiled = update.lower(state, batch).compile()
+    with tracker.phase("compiling the evaluation"):
+        evaluate = train.make_evaluate(task.loss_fn).lower(state.params, batch).compile()
+    memory = compiled.memory_analysis()
+    return Setup(start, task, state, shardings, place, compiled, evaluate, schedule, memory)
+
+
+def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
+    return tracking.Tracker(
+        folder,
+        total_steps=experiment.steps,
+        resumed=resumed,
+        shown=HEADLINES[type(experiment)],
+        wandb="rljax" if experiment.wandb else None,
+        config=program.describe(experiment),
+    )
+
+
+HEADLINES = {
+    Preference: "rewards/accuracies",
+    Unpaired: "rewards/margins",
+    RewardModel: "accuracy",
+    SFT: "mean_token_accuracy",
+}
+
+
+def _rows(experiment: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> tasks.Rows:
+    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it."""
+    if callable(experiment.data):
+        kept = folder / "data" / "train.jsonl"
+        recipe = {name: program.describe(getattr(experiment, name)) for name in ("data", "model", "seed")}
+        note = folder / "data" / "recipe.json"
+        if read_json(note) != recipe:
+            with tracker.phase("making the data"):
+                data.write_jsonl(kept, experiment.data(start, jax.random.key(experiment.seed)))
+                write_json(note, recipe)
+        rows = data.read(kept)
+    else:
+        rows = data.read(experiment.data, split=experiment.split)
+    if experiment.eval_data is not None:
+        return rows, data.read(experiment.eval_data)
+    held = max(1, min(experiment.eval_rows, len(rows) // 10))
+    return data.split(rows, count=held, seed=experiment.seed)
+
+
+def _task(experiment: Run, start: policy.Policy, rows: tasks.Rows, mesh: Any, tracker: tracking.Tracker) -> tasks.Task:
+    """What this kind of experiment trains on."""
+    view = reference.view(start, experiment, mesh, tracker.phase)
+    match experiment:
+        case Preference():
+            return tasks.preference(experiment, start, rows, view)
+        case Unpaired():
+            return tasks.unpaired(experiment, start, rows, view)
+        case RewardModel():
+            return tasks.reward(experiment, start, rows, jax.random.key(experiment.seed))
+        case SFT():
+            return tasks.supervised(experiment, start, rows)
+    raise ValueError(f"rljax.offline runs SFT, RewardModel, Preference and Unpaired, not {type(experiment).__name__}")
+
+
+def _begin(
+    experiment: Run, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker
+) -> tuple[TrainState, Progress]:
+    """From the last checkpoint, or checked and measured at the very beginning."""
+    latest = checkpoints.latest()
+    if latest is not None:
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), setup.state, setup.shardings
+        )
+        state, progress = checkpoints.restore(latest, like)
+        tracker.status(f"resumed at step {latest}")
+        return state, Progress(**progress)
+    state = _normalized(experiment, setup, setup.state, tracker)
+    if experiment.checks and not selfchecks.report(_checks(experiment, setup, tracker), tracker.status):
+        raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
+    _evaluate(experiment, setup, state, Progress(), tracker, 0)
+    _measure(experiment, setup, state, tracker, 0, "before")
+    return state, Progress()
+
+
+def _loop(
+    experiment: Run,
+    setup: Setup,
+    state: TrainState,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    tracker: tracking.Tracker,
+    stop: tracking.Stop,
+) -> None:
+    """Steps until the last, until `patience` runs out, or until a signal comes; saved in all three cases."""
+    begin = experiment.steps if progress.done else int(state.step)
+    for index, batch in data.prefetch(setup.task.batch, begin, experiment.steps):
+        step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * jax.process_count()
+        state, metrics = setup.update(state, setup.place(batch, state.params))
+        rate = Mean(total=setup.schedule(index), weight=jnp.ones(()))
+        tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
+
+        due, leaving = step % experiment.eval_every == 0 or step == experiment.steps, stop.agreed(step) is not None
+        measured = None
+        if due:
+            progress, measured = _evaluate(experiment, setup, state, progress, tracker, step)
+        done = step == experiment.steps or progress.waited >= (experiment.patience or np.inf)
+        if done:
+            state = _normalized(experiment, setup, state, tracker)
+            _measure(experiment, setup, state, tracker, step, "after")
+            progress = progress._replace(done=True)
+        better = due and experiment.best is not None and progress.waited == 0
+        if done or leaving or better or step % experiment.save_every == 0:
+            tracker.flush()
+            checkpoints.save(step, state, progress._asdict(), measured)
+        if done or leaving:
+            return
+
+
+def _evaluate(
+    experiment: Run, setup: Setup, state: TrainState, progress: Progress, tracker: tracking.Tracker, step: int
+) -> tuple[Progress, dict[str, float] | None]:
+    """Log the metrics of all held-out rows; (progress, what ranks this state), where there is something to rank by."""
+    with tracker.phase("evaluating"):
+        batches = (setup.evaluate(state.params, setup.place(batch, state.params)) for batch in setup.task.evals())
+        metrics = functools.reduce(train.add_metrics, batches)
+        tracker.log(step, metrics, prefix="eval/")
+        if experiment.best is None:
+            return progress, None
+        found = {f"eval/{name}": value for name, value in tracking.values(metrics).items()}
+    value = found.get(experiment.best)
+    if value is None:
+        raise ValueError(f"best={experiment.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
+    sign = 1 if experiment.best_mode == "max" else -1
+    if progress.best is None or sign * value > sign * progress.best:
+        return progress._replace(best=value, waited=0), {experiment.best: value}
+    return progress._replace(waited=progress.waited + 1), {experiment.best: value}
+
+
+def _measure(
+    experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker, step: int, phase: str
+) -> None:
+    """Samples of held-out prompts, and what the experiment itself wants to know: before and after training."""
+    if isinstance(experiment, RewardModel):
+        return
+    now = setup.policy._replace(params=state.params)
+    key = jax.random.key(experiment.seed)
+    if experiment.samples and setup.task.prompts:
+        with tracker.phase(f"samples {phase} training"):
+            texts = policy.complete(now, setup.task.prompts, key, **_sampling(experiment)).texts
+        rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, texts, strict=True)]
+        tracker.samples(step, [{"phase": phase, **row} for row in rows], title=f"{phase} training")
+    if experiment.evaluate is not None:
+        with tracker.phase(f"measuring {phase} training"):
+            found = experiment.evaluate(now, setup.policy.params, key)
+        tracker.log(step, found.metrics, prefix="eval/")
+        tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
+
+
+def _sampling(experiment: Run) -> dict[str, Any]:
+    return {
+        "max_new_tokens": experiment.sample_tokens,
+        "batch": experiment.samples,
+        "max_prompt": experiment.max_prompt,
+    }
+
+
+def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> TrainState:
+    """A reward model with its head rescaled to mean 0 and std 1 on texts of the policy (Ziegler et al. 2019, section 2.1)."""
+    if not isinstance(experiment, RewardModel) or not experiment.normalize:
+        return state
+    with tracker.phase(f"normalising the reward on {experiment.normalize} samples of the policy"):
+        written = policy.complete(
+            setup.policy,
+            setup.task.prompts,
+            jax.random.key(experiment.seed),
+            max_new_tokens=experiment.max_completion,
+            batch=min(32, experiment.normalize),
+            max_prompt=experiment.max_prompt,
+        )
+        score = jax.jit(models.reward_model(setup.policy.model).scores)
+        scores = np.concatenate([score(state.params, rollout.tokens) for rollout in written.rollouts])
+        head = models.normalize_head(state.params["head"], mean=float(scores.mean()), std=float(scores.std()))
+    tracker.status(f"reward before normalising: mean {scores.mean():.3f}, std {scores.std():.3f}")
+    params = jax.device_put({**state.params, "head": head}, setup.shardings.params)
+    return dataclasses.replace(state, params=params)
+
+
+def _checks(experiment: Run, setup: Setup, tracker: tracking.Tracker) -> list[selfchecks.Check]:
+    """What a run finds out about itself before its first step."""
+    local = setup.task.batch(0)
+    tokens = setup.task.tokens(local)
+    params, now = setup.state.params, setup.policy
+    checks = [
+        selfchecks.trained_tokens(tokens, now.tokenizer, now.stop_ids),
+        selfchecks.learning_rate(setup.schedule, experiment.steps),
+        selfchecks.memory(setup.memory),
+    ]
+    with tracker.phase("checking log-probabilities"):
+        backbone = now._replace(params=params["model"]) if isinstance(experiment, RewardModel) else now
+        checks.append(selfchecks.companions(backbone, tokens))
+        if isinstance(experiment, Preference):
+            metrics = setup.evaluate(params, setup.place(local, params))
+            checks.append(selfchecks.first_loss(experiment, metrics, setup.place(local, params)))
+        if experiment.samples and setup.task.prompts and not isinstance(experiment, RewardModel):
+            written = policy.complete(now, setup.task.prompts, jax.random.key(experiment.seed), **_sampling(experiment))
+            checks.append(selfchecks.sampler(now, written.rollouts[0]))
+    return checks

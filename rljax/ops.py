@@ -1,0 +1,185 @@
+"""Log-probabilities, entropy, and statistics of masked arrays: what every loss and estimator is built from.
+
+Every per-token array is `[b t]` and is indexed by the token that it describes. `token_logps` and `entropy` shift the
+logits by one to get there; nothing else ever shifts. A function with a mask reads nothing where the mask is False
+(garbage, inf and NaN included) and returns 0 there. Everything computes in float32 at least; float64 stays float64.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import ArrayLike, Bool, Float, Integer, Real
+
+from rljax.types import Mean
+
+if TYPE_CHECKING:
+    Scalar = float | Array
+else:
+    Scalar = Real[ArrayLike, ""]  # a hyper-parameter: a Python number, or a traced one when `vmap` runs over it
+
+
+def require_positive(**values: Scalar) -> None:
+    """Raise ValueError for a hyper-parameter that a formula divides by and that is not above 0 (traced ones pass)."""
+    for name, value in values.items():
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name} is {value}, and the formula divides by it: pass a {name} above 0.")
+
+
+def as_float(x: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """x in float32 at least: bfloat16, float16 and integers become float32, float64 stays."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def zero_where_masked(x: Real[ArrayLike, "*s"], mask: Bool[ArrayLike, "*s"]) -> Float[Array, "*s"]:
+    """x in float32 at least, and 0 where the mask is False.
+
+    For the inputs of an exp, not only its outputs: 0 · inf is NaN, in the gradient too.
+    """
+    return jnp.where(mask, as_float(x), 0.0)
+
+
+def finite_expm1(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """exp(x) − 1, with finite values and gradients: its tangent continues it above 0.7·log(max) (62 in float32).
+
+    A ratio of sequence probabilities overflows float32 at 88 nats; inf · 0 is NaN, and a clamp would hide the gradient
+    just where it is largest. Exact everywhere below the bound.
+    """
+    bound = 0.7 * math.log(float(jnp.finfo(x.dtype).max))
+    return jnp.expm1(jnp.minimum(x, bound)) + math.exp(bound) * jax.nn.relu(x - bound)
+
+
+def finite_exp(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
+    """exp(x), with the finite values and gradients of `finite_expm1`."""
+    bound = 0.7 * math.log(float(jnp.finfo(x.dtype).max))
+    return jnp.exp(jnp.minimum(x, bound)) + math.exp(bound) * jax.nn.relu(x - bound)
+
+
+def _softmax_dot(logits: Array, logsumexp: Array, x: Array) -> Array:
+    return jnp.sum(jnp.exp(as_float(logits) - logsumexp[..., None]) * as_float(x), axis=-1)
+
+
+@jax.custom_jvp
+def _logsumexp(logits: Array) -> Array:
+    return jax.nn.logsumexp(as_float(logits), axis=-1)
+
+
+@_logsumexp.defjvp
+def _logsumexp_jvp(primals, tangents):
+    # Plain autodiff would keep exp(logits - max), a float32 [b t v], for the backward pass. This keeps the logits as
+    # they came and the [b t] result, and forms the softmax again where it is used.
+    out = _logsumexp(*primals)
+    return out, jax.checkpoint(_softmax_dot)(*primals, out, *tangents)
+
+
+def aligned_logps(logits: Real[ArrayLike, "*s v"], ids: Integer[ArrayLike, "*s"]) -> Float[Array, "*s"]:
+    """log softmax(logits)[ids], for logits that already stand at the token they predict (no shift).
+
+    The gathered logit minus the logsumexp: no float32 array with a vocabulary axis outlives the call, backward pass
+    included. An id beyond the vocabulary gives NaN, not a wrong token's number.
+    """
+    logits, ids = jnp.asarray(logits), jnp.asarray(ids)[..., None]
+    chosen = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+    return as_float(chosen) - _logsumexp(logits)
+
+
+@jax.checkpoint  # the backward pass keeps the logits as they came, not float32 copies of them
+def aligned_entropy(logits: Real[ArrayLike, "*s v"]) -> Float[Array, "*s"]:
+    """−Σ_v p log p in nats, p = softmax(logits), for logits that already stand at the token they predict (no shift)."""
+    logits = as_float(logits)
+    logps = logits - _logsumexp(logits)[..., None]
+    possible = logps > -jnp.inf
+    logps = jnp.where(possible, logps, 0.0)
+    return -jnp.sum(jnp.where(possible, jnp.exp(logps) * logps, 0.0), axis=-1)
+
+
+def token_logps(logits: Real[ArrayLike, "b t v"], ids: Integer[ArrayLike, "b t"]) -> Float[Array, "b t"]:
+    """The log-probability of each token given those before it: the place that shifts.
+
+    out[:, t] = log softmax(logits[:, t-1])[ids[:, t]],   out[:, 0] = 0
+
+    For the distribution at temperature T pass `logits / T`.
+    """
+    return jnp.pad(aligned_logps(jnp.asarray(logits)[:, :-1], jnp.asarray(ids)[:, 1:]), ((0, 0), (1, 0)))
+
+
+def entropy(logits: Real[ArrayLike, "b t v"]) -> Float[Array, "b t"]:
+    """Entropy (nats) of the distribution that each token is drawn from.
+
+    out[:, t] = −Σ_v p log p,  p = softmax(logits[:, t-1]),   out[:, 0] = 0
+    """
+    return jnp.pad(aligned_entropy(jnp.asarray(logits)[:, :-1]), ((0, 0), (1, 0)))
+
+
+def sequence_sum(x: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]) -> Float[Array, " b"]:
+    """Σ_t x over the trained tokens of each row; 0 for an empty row."""
+    return jnp.sum(zero_where_masked(x, mask), axis=1)
+
+
+def sequence_mean(x: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]) -> Float[Array, " b"]:
+    """Mean of x over the trained tokens of each row; 0 for an empty row (the denominator is at least 1)."""
+    return sequence_sum(x, mask) / jnp.maximum(jnp.sum(jnp.asarray(mask), axis=1), 1)
+
+
+def masked_mean(x: Real[ArrayLike, "*s"], mask: Bool[ArrayLike, "*s"]) -> Mean:
+    """Σ x over the mask, and how many elements that is: a mean that is still a sum (`.value()` divides)."""
+    total = jnp.sum(zero_where_masked(x, mask))
+    return Mean(total=total, weight=jnp.sum(jnp.asarray(mask), dtype=total.dtype))
+
+
+def masked_whiten(
+    x: Real[ArrayLike, "b t"],
+    mask: Bool[ArrayLike, "b t"],
+    *,
+    shift_mean: bool = True,
+    ddof: int = 1,
+    eps: Scalar = 1e-8,
+) -> Float[Array, "b t"]:
+    """Scale the trained tokens to unit variance, and with `shift_mean` to mean 0; 0 where the mask is False.
+
+        out = (x − μ) / √(var + eps)  (+ μ without shift_mean),   var = Σ (x − μ)² / (n − ddof)
+
+    μ, var and n are over the whole mask. One element has variance 0 for either ddof. Rewards are whitened without
+    shifting the mean, advantages with. ddof=1 is TRL's `masked_whiten`; ddof=0 is `tf.nn.moments`, as in OpenAI's code
+    (Ziegler et al. 2019, arXiv:1909.08593; Huang et al. 2024, arXiv:2403.17031). Both put eps inside the square root.
+    """
+    mask = jnp.asarray(mask)
+    x, n = zero_where_masked(x, mask), jnp.sum(mask)
+    mean = jnp.sum(x) / jnp.maximum(n, 1)
+    centred = jnp.where(mask, x - mean, 0.0)
+    variance = jnp.sum(centred**2) / jnp.maximum(n - ddof, 1) + eps
+    whitened = centred * jnp.where(variance > 0, jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0)), 0.0)
+    return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+
+
+def aggregate(
+    x: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"], *, mode: str, length: Scalar | None = None
+) -> Mean:
+    """A per-token loss to the sum and weight that the update divides; the modes of policy-gradient papers.
+
+    "token_mean"           Σ x / number of tokens: DAPO (arXiv:2503.14476), TRL's "dapo", PPO in OpenAI's code
+    "seq_mean_token_mean"  mean over rows of the row's mean: GRPO (arXiv:2402.03300 Eq. 3), TRL's "grpo", GSPO
+    "seq_mean_token_sum"   mean over rows of the row's sum: REINFORCE and RLOO on whole completions (arXiv:2402.14740)
+    "constant"             Σ x / (b · length): Dr. GRPO (arXiv:2503.20783), TRL's "dr_grpo"; length is the token budget
+
+    An empty row has sum and mean 0 and still counts as a row. `length` is read by "constant" only.
+    Raises ValueError for an unknown mode, or for "constant" without length.
+    """
+    tokens = masked_mean(x, mask)
+    rows = jnp.asarray(jnp.shape(x)[0], tokens.weight.dtype)
+    match mode:
+        case "token_mean":
+            return tokens
+        case "seq_mean_token_mean":
+            return Mean(total=jnp.sum(sequence_mean(x, mask)), weight=rows)
+        case "seq_mean_token_sum":
+            return Mean(total=tokens.total, weight=rows)
+        case "constant" if length is not None:
+            return Mean(total=tokens.total, weight=rows * length)
+        case "constant":
+            raise ValueError('aggregate mode "constant" divides by rows · length: pass length=, e.g. max_new_tokens.')
+    modes = '"token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"'
+    raise ValueError(f"Unknown aggregate mode {mode!r}: choose one of {modes}.")

@@ -1,0 +1,87 @@
+"""A model with its weights and its tokenizer: what experiments are handed when they make data or measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rljax.data import prompt_ids
+from rljax.models import hf, resolve
+from rljax.sampling import generate
+from rljax.types import LanguageModel, Params, Rollout, Tokens
+
+BUCKET = 32  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
+
+
+class Policy(NamedTuple):
+    model: LanguageModel
+    params: Params
+    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    stop_ids: tuple[int, ...]
+
+
+class Completions(NamedTuple):
+    texts: list[str]  # what was written, special tokens left out
+    rollouts: list[Rollout]  # as sampled, on the host, in batches; rows that only fill up the last one are cut off
+
+
+def load(name: str, *, mesh: Any = None, dtype: Any = None) -> Policy:
+    """Read a checkpoint folder, or a name that resolves to one (see `models.resolve`), with its tokenizer."""
+    path = resolve.resolve(name)
+    model, params = hf.load(path, mesh=mesh, dtype=dtype)
+    tokenizer = resolve.load_tokenizer(path)
+    return Policy(model, params, tokenizer, tuple(resolve.generation_stop_ids(path, tokenizer)))
+
+
+def complete(
+    policy: Policy,
+    prompts: Sequence[Any],
+    key: jax.Array,
+    *,
+    max_new_tokens: int,
+    batch: int = 32,
+    max_prompt: int | None = None,
+    **sampling: Any,
+) -> Completions:
+    """Let the policy continue `prompts` (texts, or message lists for its chat template), `batch` at a time.
+
+    Prompts longer than `max_prompt` tokens keep their end. `sampling` goes to `generate` (temperature, top_k, top_p).
+    The i-th prompt draws with fold_in(key, i // batch), so results do not depend on how many prompts follow.
+    """
+    ids = [prompt_ids(prompt, policy.tokenizer)[-(max_prompt or 0) :] for prompt in prompts]
+    width = -(-max(map(len, ids), default=1) // BUCKET) * BUCKET
+    texts, rollouts = [], []
+    for start in range(0, len(ids), batch):
+        some = ids[start : start + batch]
+        rollout = generate(
+            policy.model,
+            policy.params,
+            left_pad(some, rows=batch, width=width),
+            jax.random.fold_in(key, start // batch),
+            max_new_tokens=max_new_tokens,
+            stop_ids=policy.stop_ids,
+            **sampling,
+        )
+        rollout = jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], rollout)
+        rollouts.append(rollout)
+        texts += decode(policy.tokenizer, rollout.tokens)
+    return Completions(texts, rollouts)
+
+
+def left_pad(ids: Sequence[np.ndarray], *, rows: int, width: int) -> Tokens:
+    """Prompts that end in the same column, as Tokens [rows width]; rows beyond the prompts are empty."""
+    out = np.zeros((rows, width), np.int32)
+    segments = np.zeros((rows, width), np.int32)
+    for row, prompt in enumerate(ids):
+        out[row, width - len(prompt) :] = prompt
+        segments[row, width - len(prompt) :] = 1
+    return Tokens(ids=out, segments=segments, mask=np.zeros((rows, width), bool))
+
+
+def decode(tokenizer: Any, tokens: Tokens) -> list[str]:
+    """The text of each row's trained (sampled) tokens."""
+    pairs = zip(np.asarray(tokens.ids), np.asarray(tokens.mask), strict=True)
+    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]

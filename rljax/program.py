@@ -1,0 +1,150 @@
+"""What every program shares: the settings of a run and how they become a mesh, a policy, an optimizer and a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from rljax import models, policy, sharding, train
+from rljax.types import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Settings of any run. Fields only: programs are functions that take one. Each is an option: `--steps 100`."""
+
+    model: str  # a folder, or a name that resolves to one: smollm2-135m-instruct
+    data: str | Callable[..., Any]  # pairs.jsonl, x.parquet, tfds:NAME, hf:OWNER/NAME, or a function of the policy
+    eval_data: str | None = None  # held-out rows; None sets some of `data` aside
+    eval_rows: int = 64  # how many are set aside (at most a tenth of the data)
+    split: str = "train"
+    max_prompt: int = 256  # tokens; longer prompts lose their beginning
+    max_completion: int = 256  # tokens; longer completions lose their end
+
+    steps: int = 200
+    batch: int = 8  # rows (pairs, comparisons) per update, over all devices
+    microbatches: int = 1
+    learning_rate: float = 1e-6
+    schedule: Callable[..., optax.Schedule] = functools.partial(train.linear, warmup=0)
+    optimizer: Callable[..., optax.GradientTransformation] = functools.partial(optax.adamw, weight_decay=0.0)
+    clip_norm: float | None = 1.0
+    seed: int = 0
+
+    dtype: str = "float32"  # of the parameters and optimizer moments
+    compute_dtype: str | None = None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
+    remat: str = "none"  # none | dots | full: what the backward pass computes again instead of keeping
+    unroll: int | None = None  # layers per step of the scan over layers; None: what suits the device
+    mesh: Callable[..., Mesh] = sharding.make_mesh
+
+    name: str | None = None  # the run's folder; None: the file's name
+    out: str = "runs"
+    eval_every: int = 50
+    save_every: int = 50
+    keep: int = 2
+    best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
+    best_mode: str = "max"
+    patience: int | None = None  # stop after this many evaluations without a better `best`
+    samples: int = 4  # held-out prompts whose continuations are shown
+    sample_tokens: int = 64
+    evaluate: Callable[..., Any] | None = (
+        None  # (policy, reference params, key) -> Evaluation, before and after training
+    )
+    checks: bool = True
+    wandb: bool = False
+
+
+class Evaluation(NamedTuple):
+    """What an experiment's own `evaluate` function found out."""
+
+    metrics: Mapping[str, float]
+    samples: Sequence[Mapping[str, Any]] = ()  # rows for the sample table
+
+
+def check_settings(run: Run) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    positive = ("steps", "batch", "microbatches", "max_prompt", "max_completion", "eval_every", "save_every", "keep")
+    for name in positive:
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
+    if run.batch % run.microbatches:
+        raise ValueError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
+    if run.learning_rate < 0:
+        raise ValueError(f"learning_rate must not be negative, got {run.learning_rate}")
+    if run.best_mode not in ("min", "max"):
+        raise ValueError(f"best_mode must be 'min' or 'max', got {run.best_mode!r}")
+    if run.patience is not None and run.best is None:
+        raise ValueError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
+    if run.remat not in ("none", "dots", "full"):
+        raise ValueError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
+
+
+def make_mesh(run: Run) -> Mesh:
+    """The run's mesh, checked against its batch."""
+    mesh = run.mesh()
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch % (shards * run.microbatches):
+        raise ValueError(
+            f"batch={run.batch} in microbatches={run.microbatches} cannot be spread over data×fsdp={shards} devices: "
+            f"make it a multiple of {shards * run.microbatches}, or set --mesh.data, --mesh.fsdp, --mesh.tensor"
+        )
+    return mesh
+
+
+def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
+    """The run's checkpoint on its mesh, in its dtypes."""
+    loaded = policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype))
+    accelerated = jax.default_backend() != "cpu"
+    config = dataclasses.replace(
+        loaded.model.config,
+        compute_dtype=run.compute_dtype or ("bfloat16" if accelerated else "float32"),
+        remat=run.remat,
+        unroll=run.unroll or (1 if accelerated else loaded.model.config.num_layers),
+    )
+    longest = run.max_prompt + run.max_completion
+    if config.learned_positions and longest > config.max_positions:
+        raise ValueError(
+            f"max_prompt + max_completion = {longest} tokens, {run.model} has {config.max_positions} positions: lower them"
+        )
+    return loaded._replace(model=models.build(config))
+
+
+def make_optimizer(run: Run) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The run's optimizer, with gradient clipping before it, and the schedule inside it."""
+    schedule = run.schedule(run.learning_rate, run.steps)
+    clip = [optax.clip_by_global_norm(run.clip_norm)] if run.clip_norm is not None else []
+    return optax.chain(*clip, run.optimizer(learning_rate=schedule)), schedule
+
+
+def place_state(state: TrainState, rules: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """(state on its shardings, those shardings): parameters by the rules, optimizer moments as their parameters."""
+    shardings = sharding.shardings(jax.eval_shape(lambda: state), rules, mesh)
+    return jax.device_put(state, shardings), shardings
+
+
+def describe(value: Any) -> Any:
+    """An experiment as JSON: functions by module and name with their keyword arguments."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"kind": type(value).__name__, **fields}
+    if isinstance(value, functools.partial):
+        inner = describe(value.func)
+        return {**inner, **{k: describe(v) for k, v in value.keywords.items()}}
+    if callable(value):
+        return {"function": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, Mapping):
+        return {str(k): describe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def run_folder(run: Run, file: str | pathlib.Path | None) -> pathlib.Path:
+    return pathlib.Path(run.out) / (run.name or (pathlib.Path(file).stem if file else type(run).__name__.lower()))

@@ -1,0 +1,156 @@
+"""What a run says on the terminal: one progress line, phases ("compiling … 12.3 s"), tables of samples.
+
+On a terminal the line stays in place and is redrawn; in a file or a pipe it is a new plain line at most every ten
+seconds, so that logs stay readable. Model FLOPs utilisation is shown where the peak of the device is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets, by the start of `device.device_kind`; the
+# longest matching start counts. A TPU v7x chip shows as two devices.
+PEAK_FLOPS: dict[str, float] = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "TPU v7x": 1153.5e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA A800": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H800": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GB200": 2500e12,
+}
+
+
+def peak_flops(device_kind: str | None = None) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device; None where it is not known, as on a CPU."""
+    kind = jax.devices()[0].device_kind if device_kind is None else device_kind
+    known = [name for name in PEAK_FLOPS if kind == name or kind.startswith((name + " ", name + "-"))]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+class Line:
+    """The progress line. `shown` is the metric that matters; `quiet` says nothing (processes other than the first)."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        shown: str | None = None,
+        quiet: bool = False,
+        console: Console | None = None,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._shown, self._every, self._clock = total, shown, every, clock
+        self.console = console or Console(quiet=quiet, highlight=False)
+        self._bar: Progress | None = None
+        self._printed: float | None = None
+        if self.console.is_terminal and not quiet:
+            bar = Progress(BarColumn(24), TextColumn("{task.description}", markup=False), console=self.console)
+            self._bar, self._task = bar, bar.add_task("", total=total)
+
+    def status(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(Text(text))
+
+    @contextlib.contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Announce something that takes a while, and how long it took: `with line.phase("compiling the update"): …`."""
+        start = self._clock()
+        self.status(f"{text} …")
+        yield
+        self.status(f"{text}: {duration(self._clock() - start)}")
+
+    def update(self, step: int, values: Mapping[str, float | None], timing: Mapping[str, float]) -> None:
+        """Show the values of `step`. timing: seconds (of one step), tokens_per_second and mfu, as far as known."""
+        text = self._text(step, values, timing)
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=step, description=text)
+        elif self._printed is None or self._clock() - self._printed >= self._every or step >= self._total:
+            self._printed = self._clock()
+            self.console.print(Text(text), soft_wrap=True)
+
+    def _text(self, step: int, values: Mapping[str, float | None], timing: Mapping[str, float]) -> str:
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}"]
+        if step < self._total and "seconds" in timing:
+            parts.append(f"eta {duration((self._total - step) * timing['seconds'])}")
+        for name in dict.fromkeys(("loss", self._shown)):
+            if name is not None and name in values:
+                parts.append(f"{name} {number(values[name])}")
+        if "tokens_per_second" in timing:
+            parts.append(f"{quantity(timing['tokens_per_second'])} tokens/s")
+        if "mfu" in timing:
+            parts.append(f"mfu {timing['mfu']:.1%}")
+        return "  ".join(parts)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: int = 280) -> None:
+        """A table of prompts, completions and whatever else the rows hold."""
+        self.console.print(sample_table(rows, title=title, limit=limit))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def sample_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: int = 280) -> Table:
+    """Texts are shown as they are (no markup), cut in the middle where they are longer than `limit` characters."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=Text(title) if title else None, show_lines=True)
+    for name in names:
+        table.add_column(Text(name), overflow="fold", ratio=4 if name in ("prompt", "completion") else None)
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name), limit)) for name in names))
+    return table
+
+
+def _cell(value: Any, limit: int) -> str:
+    if isinstance(value, float):
+        return number(value)
+    text = "" if value is None else str(value)
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; "–" for no number."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def quantity(value: float) -> str:
+    """1234567 -> 1.23M"""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """0.25 s, 12.3 s, 3:21, 1:02:03"""
+    if seconds < 60:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

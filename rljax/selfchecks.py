@@ -1,0 +1,151 @@
+"""What a run finds out about itself before its first step, in plain words. A check is a value; nothing here decides."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from rljax.logprobs import token_logps
+from rljax.policy import Policy
+from rljax.types import Metrics, PreferenceBatch, Rollout, Tokens
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}  # nats a token, between two ways to compute it
+
+
+class Check(NamedTuple):
+    passed: bool
+    said: str
+
+
+def report(checks: Sequence[Check], say: Callable[[str], None]) -> bool:
+    """Say what was found; whether all is well."""
+    for check in checks:
+        say(f"{'✓' if check.passed else '✗'} {check.said}")
+    return all(check.passed for check in checks)
+
+
+def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...]) -> Check:
+    """Something is trained in every row, prompts are not, and stop tokens are; shown on one decoded row."""
+    ids, segments, mask = (np.asarray(x) for x in (tokens.ids, tokens.segments, tokens.mask))
+    shown = f"the trained tokens of a row, in ⟦ ⟧: {marked(ids[0], segments[0], mask[0], tokenizer)}"
+    real = (segments > 0).any(1)
+    untrained = int((real & ~mask.any(1)).sum())
+    if untrained:
+        return Check(
+            False, f"{untrained} of {real.sum()} rows train no token: their completions are empty or cut off\n{shown}"
+        )
+    if (mask & (segments == 0)).any() or mask[:, 0].any():
+        return Check(False, f"padding or the first token of a row is trained, which nothing predicts\n{shown}")
+    stops = int((np.isin(ids, stop_ids) & mask).any(1).sum())
+    if not stops:
+        return Check(
+            False,
+            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not learn to "
+            f"stop. Every completion may be longer than max_completion, or the tokenizer may name another end token.\n{shown}",
+        )
+    return Check(
+        True,
+        f"{mask.sum()} of {(segments > 0).sum()} tokens are trained, a stop token in {stops} of {real.sum()} rows; {shown}",
+    )
+
+
+def marked(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray, tokenizer: Any) -> str:
+    """A row as text, its trained stretches in ⟦ ⟧."""
+    ids, mask = ids[segments > 0], mask[segments > 0]
+    edges = np.flatnonzero(np.diff(mask)) + 1
+    parts = zip(np.split(ids, edges), np.split(mask, edges), strict=True)
+    return "".join(f"⟦{tokenizer.decode(i)}⟧" if m[0] else tokenizer.decode(i) for i, m in parts if len(i))
+
+
+def companions(policy: Policy, tokens: Tokens) -> Check:
+    """Log-probabilities do not depend on where the padding is, or on the other rows of the batch."""
+    tokens = jax.tree.map(np.asarray, tokens)
+    moved = _moved(tokens)
+    logps = jax.jit(functools.partial(token_logps, policy.model))
+    here, there = np.asarray(logps(policy.params, tokens)), np.asarray(logps(policy.params, moved))[::-1]
+    rows = np.asarray(moved.segments[::-1] > 0).any(1)
+    worst = max(
+        (
+            float(np.abs(here[i][tokens.mask[i]] - there[i][np.asarray(moved.mask)[::-1][i]]).max(initial=0))
+            for i in np.flatnonzero(rows)
+        ),
+        default=0.0,
+    )
+    return _within(policy, worst, "log-probabilities of a row with its padding moved and half its companions gone")
+
+
+def _moved(tokens: Tokens) -> Tokens:
+    """Rows in reverse order, padding on the left, every second row emptied."""
+
+    def right_aligned(x: np.ndarray) -> np.ndarray:
+        free = tokens.segments.shape[1] - (tokens.segments > 0).sum(1)
+        return np.stack([np.roll(row, n) for row, n in zip(np.asarray(x), free, strict=True)])[::-1]
+
+    gone = (np.arange(len(tokens.ids)) % 2 == 1)[::-1, None]
+    ids, segments, mask = (right_aligned(x) for x in (tokens.ids, tokens.segments, tokens.mask))
+    arrays: dict[str, Any] = {"ids": ids, "segments": np.where(gone, 0, segments), "mask": mask & ~gone}
+    return Tokens(**arrays)
+
+
+def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
+    """The policy is the reference: log-ratios 0, and the loss what the formula says for that (DPO: ln 2)."""
+    loss = float(metrics["loss"].value())
+    if not run.reference:
+        return Check(bool(np.isfinite(loss)), f"the loss of the first batch is {loss:.4f} (no reference in it)")
+    chosen, rejected = batch.ref_chosen_logps, batch.ref_rejected_logps
+    expected = float(jnp.mean(run.loss(chosen, rejected, chosen, rejected)))
+    nll = run.nll_weight * float(metrics["nll_loss"].value()) if run.nll_weight else 0.0
+    passed = abs(loss - nll - expected) < 2e-2 * max(1.0, abs(expected))
+    note = " = ln 2" if abs(expected - np.log(2)) < 1e-4 else ""
+    said = f"policy = reference, so the loss of the first batch should be {expected:.4f}{note}: it is {loss - nll:.4f}"
+    return Check(passed, said)
+
+
+def sampler(policy: Policy, rollout: Rollout) -> Check:
+    """The sampler's log-probabilities are those that the trainer computes for the same tokens."""
+    trained = jax.jit(functools.partial(token_logps, policy.model))(policy.params, rollout.tokens)
+    worst = float(np.abs(np.asarray(trained) - np.where(rollout.tokens.mask, rollout.logps, 0)).max(initial=0))
+    return _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
+
+
+def _within(policy: Policy, worst: float, what: str) -> Check:
+    dtype = policy.model.config.compute_dtype
+    return Check(
+        worst <= TOLERANCE[dtype], f"{what}: differ by {worst:.1e} at most (tolerance {TOLERANCE[dtype]} in {dtype})"
+    )
+
+
+def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
+    """The schedule is as long as the run."""
+    rates = np.asarray([float(schedule(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
+    said = f"learning rate over {steps} updates: {rates[0]:.2e} at first, {rates.max():.2e} at most, {rates[-1]:.2e} at last"
+    if not np.isfinite(rates).all() or (rates < 0).any():
+        return Check(False, f"{said}: it must be finite and not negative")
+    return Check(rates.max() > 0, said if rates.max() > 0 else f"{said}: nothing would be learned")
+
+
+def memory(analysis: Any) -> Check:
+    """What the compiler says that the update needs, against what one device has."""
+    if analysis is None:
+        return Check(True, "the compiler of this device does not say how much memory the update needs")
+    needed = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    room = (
+        stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    )
+    said = f"the update needs {needed / 2**30:.2f} GiB of the {room / 2**30:.1f} GiB of a device ({device.device_kind})"
+    advice = ": use more microbatches, remat, a smaller batch, or more devices on the fsdp axis"
+    return Check(needed <= room, said if needed <= room else said + advice)

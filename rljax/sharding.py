@@ -1,0 +1,137 @@
+"""Where arrays live: a mesh, ordered rules, and the PartitionSpecs that follow. Data: no module or array is changed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor", "context")
+ROWS = ("data", "fsdp")  # the axes that split a batch
+Rules = Sequence[tuple[str, P]]
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1) -> Mesh:
+    """A mesh over all devices with the axes data, fsdp, tensor, context; one size may be -1: the devices left.
+
+    data     replicas: the batch is split, parameters are copied
+    fsdp     the batch is split and so are the parameters, each gathered when it is used
+    tensor   heads, feed-forward and vocabulary are split
+    context  the tokens of a row are split
+
+    Without -1 a part of the machine can be asked for: its first devices. ValueError where the sizes do not divide
+    the number of devices.
+    """
+    sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
+    devices = jax.devices()
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"the mesh {sizes} needs positive sizes, and -1 for at most one axis: the devices left")
+    taken = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % taken:
+        raise ValueError(
+            f"the mesh {sizes} needs a multiple of {taken} devices, but there are {len(devices)}: choose sizes whose "
+            f"product divides {len(devices)}"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // taken
+    elif taken < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"the mesh {sizes} leaves {len(devices) - taken} of {len(devices)} devices idle, which several processes "
+            f"cannot do: set one size to -1"
+        )
+    used = devices[: math.prod(sizes.values())]
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+
+
+def specs(tree: Any, rules: Rules) -> Any:
+    """The PartitionSpec of every leaf: that of the first rule whose regex is found in its path (`re.search`).
+
+    A path is the keys joined by "/", such as "layers/mlp/up/kernel", or "0/mu/layers/mlp/up/kernel" in an optax
+    state: rules that end in `$` and have no `^` place parameters and moments alike. Scalars are replicated without a
+    rule. So is a leaf of lower rank than its rule, such as the factored moments of Adafactor. Leaves need only a
+    shape, so the tree may be abstract (`jax.eval_shape`). ValueError for a leaf without a rule: its path and shape.
+    """
+
+    def spec(path: Any, leaf: Any) -> P:
+        name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jax.numpy.shape(leaf)
+        if not shape:
+            return P()
+        for pattern, found in rules:
+            if re.search(pattern, name):
+                return found if len(found) <= len(shape) else P()
+        raise ValueError(
+            f"no sharding rule matches {name!r} with shape {shape}: add a (regex, PartitionSpec) pair for it, or a "
+            f"last rule ('.*', PartitionSpec()) that replicates what is left"
+        )
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """The NamedSharding of every leaf on this mesh, by `specs`.
+
+    A dimension that its mesh axes do not divide (9 heads on tensor=8) is replicated instead: nothing changes but
+    memory. ValueError for a rule that names an axis which the mesh does not have.
+    """
+
+    def place(leaf: Any, spec: P) -> NamedSharding:
+        return NamedSharding(mesh, divisible(spec, jax.numpy.shape(leaf), mesh))
+
+    return jax.tree.map(place, tree, specs(tree, rules))
+
+
+def divisible(spec: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the axes of those dimensions that they do not divide evenly."""
+    kept = (axes if size % ways(axes, mesh) == 0 else None for axes, size in zip(spec, shape, strict=False))
+    return P(*kept)
+
+
+def ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts these axes split a dimension."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    unknown = [name for name in names if name not in mesh.shape]
+    if unknown:
+        raise ValueError(f"a sharding rule names the axis {unknown[0]!r}, but the mesh has {tuple(mesh.shape)}")
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def batch_shardings(batch: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of every array of a batch: rows (the first axis) over data and fsdp, tokens (the last axis
+    of at least two) over context. Leaves need only a shape. ValueError where rows or tokens cannot be split evenly.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        shape = jax.numpy.shape(leaf)
+        axes = (ROWS, *(None,) * (len(shape) - 2), "context")[: len(shape)]
+        for size, axis in zip(shape, axes, strict=True):
+            if size % ways(axis, mesh):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"{name!r} with shape {shape} cannot be split evenly: {size} over the mesh axes {axis} of "
+                    f"{ways(axis, mesh)} devices; change the batch or sequence length, or the mesh {dict(mesh.shape)}"
+                )
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
+    """Pin the layout of x inside `jit` where a mesh is set (`with jax.set_mesh(mesh)`); elsewhere it is x itself.
+
+    Axes that the mesh does not have, or that do not divide their dimension, are left out.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    known = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not known:
+        return x
+    present = (
+        tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in known) for axis in axes
+    )
+    return jax.lax.with_sharding_constraint(x, divisible(P(*present), x.shape, mesh))

@@ -1,0 +1,240 @@
+"""What the offline program trains on: rows and a policy to a `Task`, one function per kind of experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax import data, models, objectives, ops
+from rljax.policy import Policy
+from rljax.reference import View
+from rljax.types import LossFn, Params, PreferenceBatch, Tokens, UnpairedBatch
+
+
+class Task(NamedTuple):
+    """Data and objective, with nothing left of where they came from."""
+
+    params: Params  # where training starts
+    loss_fn: LossFn
+    batch: Callable[[int], Any]  # step -> this host's rows of the batch
+    evals: Callable[[], Iterator[Any]]  # this host's rows of each held-out batch, the same every time
+    prepare: Callable[[Params, Any], Any] | None  # on devices: fills in what depends on the current parameters
+    tokens: Callable[[Any], Tokens]  # the token rows [n t] of a batch, to look at
+    prompts: Sequence[Any]  # of held-out rows, to sample from
+    headline: str  # the metric that matters
+
+
+class Split(NamedTuple):
+    """One split: how many rows, and how a batch is made of some of them."""
+
+    n: int
+    make: Callable[[np.ndarray], Any]  # indices i64[local batch], -1 for none -> batch
+
+
+Rows = tuple[data.Rows, data.Rows]  # to train on, held out
+
+
+def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
+    """Pairs of completions, with the reference's log-probabilities where the loss wants them."""
+    check_rows(rows, data.preference_row)
+    example = _limited(data.preference_example, run, policy)
+
+    def split(part: data.Rows) -> Split:
+        pairs, length = data.memoized(part, example), run.max_prompt + run.max_completion
+
+        def collate(indices: np.ndarray) -> tuple[Tokens, Tokens]:
+            return data.collate_preference([pairs(i) for i in indices], length)
+
+        cached = run.reference and run.cache_reference
+        refs = view.cached_logps(part, collate, average=run.average) if cached else np.zeros((2, len(part)), np.float32)
+
+        def make(indices: np.ndarray) -> PreferenceBatch:
+            chosen, rejected = collate(indices)
+            ref_chosen, ref_rejected = refs[:, indices]
+            return _batch(
+                PreferenceBatch,
+                chosen=chosen,
+                rejected=rejected,
+                ref_chosen_logps=ref_chosen,
+                ref_rejected_logps=ref_rejected,
+            )
+
+        return Split(len(part), make)
+
+    def fresh_reference(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
+        del params  # the reference has its own
+        chosen, rejected = (view.logps(tokens, average=run.average) for tokens in (batch.chosen, batch.rejected))
+        return dataclasses.replace(batch, ref_chosen_logps=chosen, ref_rejected_logps=rejected)
+
+    return Task(
+        params=policy.params,
+        loss_fn=objectives.preference(
+            policy.model,
+            run.loss,
+            average=run.average,
+            reference=run.reference,
+            nll_weight=run.nll_weight,
+            nll_average=run.nll_average,
+            max_trained=run.max_completion,
+        ),
+        prepare=fresh_reference if run.reference and not run.cache_reference else None,
+        tokens=lambda batch: jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected),
+        prompts=_prompts(rows[1], data.preference_row, run.samples),
+        headline="rewards/accuracies",
+        **_batches(run, *map(split, rows)),
+    )
+
+
+def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
+    """Completions with a label. The KL point is estimated on every batch from mismatched pairs, before the update."""
+    rows = tuple(data.unpair(part) if "chosen" in part[0] else part for part in rows)
+    check_rows(rows, data.unpaired_row)
+    example = _limited(data.unpaired_example, run, policy)
+
+    def split(part: data.Rows) -> Split:
+        items, n, length = data.memoized(part, example), len(part), run.max_prompt + run.max_completion
+
+        def mismatched(index: int) -> data.Example | None:
+            """A prompt with the completion of the next row that answers another prompt (the next row, if none does)."""
+            if index < 0:
+                return None
+            mine = items(index).example
+            others = (items((index + k) % n).example for k in range(1, min(n, 100)))
+            same = mine.ids[: mine.prompt].tolist()
+            other = next((x for x in others if x.ids[: x.prompt].tolist() != same), items((index + 1) % n).example)
+            return data.mismatch(mine, other)
+
+        def collate(indices: np.ndarray) -> tuple[Tokens, Tokens]:
+            mine = [None if i < 0 else items(i).example for i in indices]
+            return data.pad(mine, length), data.pad([mismatched(int(i)) for i in indices], length)
+
+        refs = view.cached_logps(part, collate)
+
+        def make(indices: np.ndarray) -> tuple[UnpairedBatch, Tokens, np.ndarray]:
+            tokens, pairs = collate(indices)
+            own, other = refs[:, indices]
+            desirable = np.asarray([i >= 0 and items(i).desirable for i in indices])
+            return _batch(UnpairedBatch, tokens=tokens, desirable=desirable, ref_logps=own, kl=own * 0), pairs, other
+
+        return Split(n, make)
+
+    return Task(
+        params=policy.params,
+        loss_fn=objectives.unpaired(policy.model, run.loss, max_trained=run.max_completion),
+        prepare=_kl_estimate(policy, run.max_completion),
+        tokens=lambda made: made[0].tokens,
+        prompts=_prompts(rows[1], data.unpaired_row, run.samples),
+        headline="rewards/chosen",
+        **_batches(run, *map(split, rows)),
+    )
+
+
+def _kl_estimate(policy: Policy, max_trained: int) -> Callable[[Params, Any], UnpairedBatch]:
+    """(params, (batch, mismatched pairs, their reference log-probabilities)) -> batch with its KL point (KTO, Eq. 7)."""
+
+    @jax.jit
+    def estimate(params: Params, made: tuple[UnpairedBatch, Tokens, jax.Array]) -> UnpairedBatch:
+        batch, pairs, ref_logps = made
+        logps = objectives.sequence_logps(policy.model, params, pairs, max_trained=max_trained)
+        kl = ops.masked_mean(logps - ref_logps, objectives.real_rows(pairs)).value()
+        return dataclasses.replace(batch, kl=jnp.broadcast_to(kl, batch.kl.shape))
+
+    return estimate
+
+
+def reward(run: Any, policy: Policy, rows: Rows, key: jax.Array) -> Task:
+    """Comparisons, for a decoder with a scalar head on its last token."""
+    check_rows(rows, data.comparison_row)
+    example = _limited(data.comparison_example, run, policy)
+    k, length = len(data.comparison_row(rows[0][0])["completions"]), run.max_prompt + run.max_completion
+
+    def split(part: data.Rows) -> Split:
+        items = data.memoized(part, example)
+        return Split(len(part), lambda indices: data.collate_comparison([items(i) for i in indices], length, k))
+
+    head = models.scalar_head(policy.model.config.hidden_size).init(key)
+    return Task(
+        params={"model": policy.params, "head": head},
+        loss_fn=objectives.comparison(models.reward_model(policy.model), run.loss),
+        prepare=None,
+        tokens=lambda batch: jax.tree.map(lambda x: np.asarray(x).reshape(-1, length), batch.tokens),
+        prompts=_prompts(rows[0], data.comparison_row, run.normalize),
+        headline="accuracy",
+        **_batches(run, *map(split, rows)),
+    )
+
+
+def supervised(run: Any, policy: Policy, rows: Rows) -> Task:
+    """Texts, chats, or prompts with completions, whichever the first row is; packed several to a row if asked for."""
+    length = run.max_prompt + run.max_completion
+    first = rows[0][0]
+    if "messages" in first or "text" in first:
+        form, make = (data.chat_row, data.chat_example) if "messages" in first else (data.text_row, data.text_example)
+        example, max_trained = functools.partial(make, tokenizer=policy.tokenizer, max_length=length), None
+    else:
+        form, max_trained = data.completion_row, None if run.packing else run.max_completion
+        example = _limited(data.completion_example, run, policy)
+    check_rows(rows, form)
+
+    def split(part: data.Rows) -> Split:
+        if run.packing:
+            packed = data.pack(data.tokenize(part, example), length)
+            return Split(
+                len(packed), lambda indices: data.pad([packed[i] if i >= 0 else None for i in indices], length)
+            )
+        items = data.memoized(part, example)
+        return Split(len(part), lambda indices: data.collate_supervised([items(i) for i in indices], length))
+
+    return Task(
+        params=policy.params,
+        loss_fn=objectives.supervised(policy.model, max_trained=max_trained),
+        prepare=None,
+        tokens=lambda batch: batch,
+        prompts=_prompts(rows[1], form, run.samples),
+        headline="mean_token_accuracy",
+        **_batches(run, *map(split, rows)),
+    )
+
+
+def check_rows(rows: Rows, form: Callable[[data.Row], Any]) -> None:
+    """Every mistake in the data now, not in the middle of the run."""
+    for part in rows:
+        data.check(part, form)
+
+
+def _limited(example: Callable[..., Any], run: Any, policy: Policy) -> Callable[[data.Row], Any]:
+    limits = {"max_prompt": run.max_prompt, "max_completion": run.max_completion}
+    return functools.partial(example, tokenizer=policy.tokenizer, **limits)
+
+
+def _batch(kind: Callable[..., Any], **arrays: Any) -> Any:
+    """A batch of numpy arrays (the types speak of jax arrays, which these become on the devices)."""
+    return kind(**arrays)
+
+
+def _batches(run: Any, train: Split, held_out: Split) -> dict[str, Any]:
+    def evals() -> Iterator[Any]:
+        return (held_out.make(indices) for indices in data.eval_batches(held_out.n, run.batch))
+
+    return {"batch": data.Batches(train.make, train.n, run.batch, run.seed), "evals": evals}
+
+
+def _prompts(rows: data.Rows, form: Callable[[data.Row], dict[str, Any]], count: int) -> list[Any]:
+    """What held-out rows begin with: their prompt, a chat up to the last answer, or a text's first eight words."""
+    prompts = []
+    for i in range(min(count, len(rows))):
+        row = rows.apply(form, i)
+        if "messages" in row:
+            last = max(k for k, message in enumerate(row["messages"]) if message["role"] == "assistant")
+            prompts.append(row["messages"][:last])
+        elif "text" in row:
+            prompts.append(" ".join(row["text"].split()[:8]))
+        else:
+            prompts.append(row["prompt"])
+    return prompts

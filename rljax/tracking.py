@@ -1,0 +1,341 @@
+"""A run's directory: what was run (manifest), what came out (metrics, samples), who may write (lock) and when it ends.
+
+    runs/<name>/  experiment.json  manifest.json  metrics.jsonl  timing.jsonl  samples.jsonl  tensorboard/
+
+`metrics.jsonl` and `samples.jsonl` hold nothing that depends on the clock: a run that was killed and resumed leaves the
+same bytes as one that was not. Seconds, tokens/s and MFU are in `timing.jsonl`. In `metrics.jsonl` a value that is not
+finite is null, and a metric without any data (weight 0) is left out.
+
+    with tracking.lock(folder), tracking.graceful_stop() as stop:
+        tracking.write_manifest(folder, experiment=…, seed=…)
+        with tracking.Tracker(folder, total_steps=…, resumed=checkpoints.latest(), shown="rewards/margins") as tracker:
+            for step in …:
+                state, metrics = update(state, batch)
+                tracker.log(step, metrics, tokens=…)      # writes the previous step: never waits for this one
+                if stop.requested: …
+                tracker.flush()                           # before a checkpoint of this step: its record must be on disk
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import pathlib
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from rljax import progress
+from rljax.manifest import read_json, to_json, write_json, write_manifest
+from rljax.types import Mean
+
+__all__ = ["Stop", "Tracker", "graceful_stop", "lock", "read_rows", "truncate_after", "values", "write_manifest"]
+
+FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+
+
+class Tracker:
+    """Writes the records of one run, and its progress line. Only process 0 of a multi-host run writes or prints.
+
+    resumed: the step of the checkpoint that the run goes on from, None for a fresh start; records after it are dropped.
+    shown: the metric that matters, for the progress line. flops_per_token: of the model, forward and backward, for MFU.
+    wandb: the name of a Weights & Biases project, or None. config: the experiment, shown there.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        resumed: int | None = None,
+        shown: str | None = None,
+        flops_per_token: float | None = None,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder = pathlib.Path(folder)
+        self._writes = jax.process_index() == 0
+        self._clock, self._start = clock, clock()
+        self._pending: tuple[int, dict[str, Any], int | None] | None = None
+        self._last_step = -1 if resumed is None else resumed
+        self._mark: float | None = None  # when the step before was finished; None while that is not known
+        self._paused = 0.0
+        peak = progress.peak_flops()
+        self._flops = flops_per_token / (peak * jax.device_count()) if flops_per_token and peak else None
+        self.line = progress.Line(total_steps, shown=shown, quiet=not self._writes, console=console, clock=clock)
+        self._board, self._wandb, self._files = None, None, {}
+        if self._writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                truncate_after(self.folder / name, self._last_step)
+            self._wandb = _open_wandb(self.folder, wandb, config) if wandb is not None else None
+            self._board = _open_board(self.folder / "tensorboard", self._last_step + 1) if tensorboard else None
+            self._files = {n: (self.folder / n).open("a", buffering=1, encoding="utf-8") for n in FILES}
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, KeyboardInterrupt):
+            with contextlib.suppress(Exception):  # the first error is the one to see
+                self.flush()
+            self._pending = None
+        self.close()
+
+    def log(self, step: int, metrics: Mapping[str, Any], *, prefix: str = "", tokens: int | None = None) -> None:
+        """Take the metrics of `step` (Means, arrays or floats) without waiting for them; write those of earlier steps.
+
+        Several calls with one step make one record (`prefix="eval/"`). tokens: how many were processed since the last
+        call that gave some, for the throughput.
+        """
+        named = {prefix + name: value for name, value in metrics.items()}
+        if self._pending is not None and step != self._pending[0]:
+            self._write_pending()
+        if step <= self._last_step:
+            raise ValueError(f"Step {step} was logged already: the last one written is {self._last_step}")
+        _, before, counted = self._pending or (step, {}, None)
+        twice = sorted(({"step"} | set(before)) & set(named))
+        if twice:
+            raise ValueError(f"Step {step} has {twice} twice; log a metric once per step, or give a prefix")
+        if self._writes:
+            for leaf in jax.tree.leaves(named):
+                if isinstance(leaf, jax.Array):
+                    leaf.copy_to_host_async()
+        self._pending = (step, before | named, tokens if counted is None else counted + (tokens or 0))
+
+    def flush(self) -> None:
+        """Wait for the last step's metrics and bring everything to the disk; call it before saving a checkpoint."""
+        self._write_pending()
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: int = 3, title: str = "") -> None:
+        """Append rows ("prompt", "completion", "reward", "phase", … as there are); print the first `show` of them."""
+        if not self._writes:
+            return
+        for row in rows:
+            self._files["samples.jsonl"].write(to_json({"step": step, **row}) + "\n")
+        if show and rows:
+            self.line.samples(rows[:show], title=title or f"step {step}")
+
+    def status(self, text: str) -> None:
+        self.line.status(text)
+
+    @contextlib.contextmanager
+    def phase(self, text: str) -> Iterator[None]:
+        """Announce a phase and its seconds; it does not count in the throughput (evaluation, compilation, saving)."""
+        start = self._clock()
+        try:
+            with self.line.phase(text):
+                yield
+        finally:
+            self._paused += self._clock() - start
+
+    def close(self) -> None:
+        self.flush()
+        self.line.close()
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._board = self._wandb = None
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics, tokens), self._pending = self._pending, None
+        self._last_step = step
+        if not self._writes:
+            return
+        found = values(metrics)
+        timing = self._timing(tokens)
+        self._files["metrics.jsonl"].write(to_json({"step": step, **found}) + "\n")
+        self._files["timing.jsonl"].write(to_json({"step": step, **timing}) + "\n")
+        scalars = {name: value for name, value in found.items() if value is not None}
+        scalars |= {f"timing/{name}": value for name, value in timing.items() if name != "time"}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=step)
+        self.line.update(step, found, timing)
+
+    def _timing(self, tokens: int | None) -> dict[str, float]:
+        """Seconds since the record before was complete, phases left out; none for the first, which waits to compile."""
+        now = self._clock()
+        timing = {"time": round(now - self._start, 3)}
+        if self._mark is not None and (seconds := now - self._mark - self._paused) > 0:
+            timing["seconds"] = round(seconds, 6)
+            if tokens:
+                timing["tokens_per_second"] = round(tokens / seconds, 3)
+                if self._flops is not None:
+                    timing["mfu"] = round(tokens / seconds * self._flops, 6)
+        self._mark, self._paused = now, 0.0
+        return timing
+
+
+def values(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Means, arrays and floats as numbers, in one transfer: None where not finite; no entry where the weight is 0."""
+    host = jax.device_get(dict(metrics))
+    found = {}
+    for name, value in host.items():
+        if isinstance(value, Mean):
+            if not value.weight:
+                continue
+            with np.errstate(all="ignore"):
+                value = np.asarray(value.total) / np.asarray(value.weight)
+        found[name] = _shortest(value)
+    return found
+
+
+def _shortest(value: Any) -> float | None:
+    """The float whose text is shortest in the value's own precision (0.1, not 0.10000000149011612)."""
+    number = np.asarray(value)
+    number = number if number.dtype.kind == "f" and number.dtype.itemsize >= 4 else number.astype(np.float64)
+    return float(str(number.reshape(())[()])) if math.isfinite(number) else None
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run; [] where there is none. A torn last line is left out."""
+    path = pathlib.Path(path)
+    return [row for row, _ in _rows(path)] if path.exists() else []
+
+
+def truncate_after(path: pathlib.Path, step: int) -> None:
+    """Drop the records after `step`, and a last line torn by a kill. Records stand in the order of their steps."""
+    if not path.exists():
+        return
+    end = 0
+    for row, stop in _rows(path):
+        if row["step"] > step:
+            break
+        end = stop
+    if end != path.stat().st_size:
+        os.truncate(path, end)
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """(record, the byte where its line ends)"""
+    end = 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    for index, line in enumerate(lines):
+        end += len(line)
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if index == len(lines) - 1:
+                return
+            raise ValueError(f"{path}:{index + 1} is no record of a run ({error}); delete that line") from error
+        if line.endswith(b"\n"):
+            yield row, end
+
+
+def _open_board(folder: pathlib.Path, first: int) -> Any:
+    from tensorboardX import SummaryWriter  # slow to import
+
+    return SummaryWriter(str(folder), purge_step=first)
+
+
+def _open_wandb(folder: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:
+    """The same W&B run at every start of the same directory."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError('wandb is not installed: run `pip install "rljax[wandb]"`, or leave --wandb out') from error
+    kept = folder / "wandb.json"
+    if not kept.exists():
+        write_json(kept, {"project": project, "id": secrets.token_hex(4)})
+    run_id = read_json(kept)["id"]
+    return wandb.init(
+        project=project, id=run_id, name=folder.name, resume="allow", dir=str(folder), config=dict(config or {})
+    )
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a run's directory, so that no two processes write to one run; the kernel frees it when the process dies."""
+    folder = pathlib.Path(folder)
+    if jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{folder} is in use by process {file.read().strip() or '?'}: two must not write to one run. "
+                f"Wait for it, end it, or give this run another name."
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+        file.truncate(0)
+
+
+class Stop:
+    """`requested`: the name of the signal that came, or None."""
+
+    requested: str | None = None
+
+    def agreed(self, step: int, *, every: int = 10) -> str | None:
+        """`requested`, alike on all processes of a multi-host run: they compare notes at steps divisible by `every`."""
+        if jax.process_count() == 1:
+            return self.requested
+        if step % every:
+            return None
+        from jax.experimental import multihost_utils
+
+        number = signal.Signals[self.requested].value if self.requested else 0
+        first = int(np.max(multihost_utils.process_allgather(np.int32(number))))
+        return signal.Signals(first).name if first else None
+
+
+@contextlib.contextmanager
+def graceful_stop() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM (preemption) set `stop.requested`, which the loop polls; a second one is a KeyboardInterrupt.
+
+    The handlers of before come back at the end. Python handles signals in the main thread: elsewhere this does nothing.
+    """
+    stop = Stop()
+
+    def handle(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        if stop.requested is not None:
+            raise KeyboardInterrupt(f"{name} after {stop.requested}")
+        stop.requested = name
+        os.write(2, f"\n{name}: saving after this step, then leaving (once more: leaving at once, unsaved)\n".encode())
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,36 @@
+"""Strict JAX for every test: eight fake CPU devices, no silent rank promotion, shapes checked in the mathematics."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile far more than they compute: the compiler may be quick about it (programs in subprocesses run as users run them).
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The hook covers the mathematics only: on pytree dataclasses it breaks jax.tree.map and eval_shape.
+_hook = install_import_hook(["rljax.ops", "rljax.losses", "rljax.advantages"], "beartype.beartype")
+_hook.__enter__()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder with real data and a real tiny checkpoint; see CONTRIBUTING.md."""
+    root = pathlib.Path(__file__).parent.parent
+    folder = pathlib.Path(os.environ.get("RLJAX_SHARED", root.parent / "shared"))
+    if not (folder / "data").is_dir():
+        pytest.skip(f"needs the folder of shared data (looked in {folder}; set RLJAX_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories(shared) -> pathlib.Path:
+    """stories260K: a real pretrained Llama checkpoint of 260,032 parameters."""
+    return shared / "models" / "stories260K"

@@ -1,0 +1,82 @@
+"""Log-probabilities in chunks and only where trained: equal to the plain formula, in value, gradient and memory."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import logprobs, ops
+from rljax.types import Tokens
+from tests import tiny
+
+
+def plain(params, tokens, temperature=1.0):
+    hidden = tiny.model().apply(params, tokens.ids, tokens.segments).hidden
+    logits = tiny.model().unembed(params, hidden) / temperature
+    return jnp.where(tokens.mask, ops.token_logps(logits, tokens.ids), 0.0)
+
+
+def chunked(params, tokens, **kwargs):
+    return logprobs.map_logits(tiny.model(), params, tokens, ops.aligned_logps, **kwargs)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 5, 100])
+@pytest.mark.parametrize("max_trained", [None, 11])
+def test_equals_the_plain_formula(chunk, max_trained):
+    tokens = tiny.tokens(empty=(2,))
+    value, gradient = jax.value_and_grad(lambda p: jnp.sum(jnp.sin(plain(p, tokens))))(tiny.params())
+    got = chunked(tiny.params(), tokens, chunk=chunk, max_trained=max_trained)
+    np.testing.assert_allclose(got, plain(tiny.params(), tokens), atol=1e-5)
+    loss = lambda p: jnp.sum(jnp.sin(chunked(p, tokens, chunk=chunk, max_trained=max_trained)))  # noqa: E731
+    chex.assert_trees_all_close(jax.value_and_grad(loss)(tiny.params()), (value, gradient), atol=2e-5)
+
+
+def test_compaction_keeps_scattered_trained_tokens():
+    """Tool tokens between sampled ones: the trained tokens of a row need not be next to each other."""
+    tokens = tiny.tokens(rows=4, length=10)
+    mask = np.zeros((4, 10), bool)
+    mask[0, [1, 4, 9]] = mask[1, [2, 3]] = mask[3, [9]] = True
+    segments = jnp.ones((4, 10), jnp.int32)
+    tokens = Tokens(ids=tokens.ids, segments=segments, mask=jnp.asarray(mask))
+    got = chunked(tiny.params(), tokens, max_trained=3, chunk=2)
+    np.testing.assert_allclose(got, plain(tiny.params(), tokens), atol=1e-5)
+
+
+def test_temperature_divides_logits():
+    tokens = tiny.tokens()
+    got = logprobs.token_logps(tiny.model(), tiny.params(), tokens, temperature=0.7)
+    np.testing.assert_allclose(got, plain(tiny.params(), tokens, 0.7), atol=1e-5)
+
+
+def test_entropy_in_the_same_pass():
+    tokens = tiny.tokens()
+    logps, entropy = logprobs.token_logps_and_entropy(tiny.model(), tiny.params(), tokens)
+    hidden = tiny.model().apply(tiny.params(), tokens.ids, tokens.segments).hidden
+    expected = jnp.where(tokens.mask, ops.entropy(tiny.model().unembed(tiny.params(), hidden)), 0.0)
+    np.testing.assert_allclose(entropy, expected, atol=1e-5)
+    np.testing.assert_allclose(logps, plain(tiny.params(), tokens), atol=1e-5)
+
+
+def test_padding_contents_and_companions_do_not_matter():
+    tokens = tiny.tokens(rows=4)
+    expected = chunked(tiny.params(), tokens)
+    garbage = Tokens(
+        ids=jnp.where(tokens.segments > 0, tokens.ids, 60), segments=tokens.segments, mask=tokens.mask
+    )
+    np.testing.assert_array_equal(chunked(tiny.params(), garbage), expected)
+    alone = jax.tree.map(lambda x: x[2:3], tokens)
+    np.testing.assert_allclose(chunked(tiny.params(), alone), expected[2:3], atol=1e-5)
+    left = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (5, 0))), tokens)
+    np.testing.assert_allclose(chunked(tiny.params(), left)[:, 5:], expected, atol=1e-5)
+
+
+def test_no_float32_logits_of_the_whole_batch():
+    """Neither the forward nor the backward pass holds an array of all positions by the vocabulary."""
+    tokens = tiny.tokens(rows=8, length=12)
+    loss = lambda p: jnp.sum(chunked(p, tokens, chunk=3))  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(tiny.params()))
+    assert "f32[8,3,61]" in jaxpr
+    assert "8,12,61]" not in jaxpr
+    assert "8,11,61]" not in jaxpr
+    assert "4,8,3,61]" not in jaxpr  # chunks stacked for the backward pass would be the same array again

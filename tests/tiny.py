@@ -1,0 +1,57 @@
+"""A tiny random decoder and batches with uneven masks: enough for every property of the training code."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rljax import models
+from rljax.types import PreferenceBatch, Tokens
+
+CONFIG = models.ModelConfig(
+    vocab_size=61,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+)
+
+
+@functools.cache
+def model():
+    return models.build(CONFIG)
+
+
+@functools.cache
+def params(seed: int = 0):
+    """Random weights, larger than at a real initialisation so that the model has opinions."""
+    tree = model().init(jax.random.key(seed))
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 2 else x, tree)
+
+
+def tokens(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, ...] = ()) -> Tokens:
+    """Right-padded rows: prompts of 1 to 4 tokens, responses of 0 to the rest; rows in `empty` hold no token at all."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, CONFIG.vocab_size, (rows, length)).astype(np.int32)
+    prompt = rng.integers(1, 5, (rows, 1))
+    total = np.minimum(prompt + rng.integers(0, length, (rows, 1)), length)
+    total[list(empty)] = 0
+    column = np.arange(length)[None]
+    segments = (column < total).astype(np.int32)
+    mask = (column >= prompt) & (column < total)
+    return Tokens(ids=jnp.asarray(ids), segments=jnp.asarray(segments), mask=jnp.asarray(mask))
+
+
+def pairs(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, ...] = ()) -> PreferenceBatch:
+    rng = np.random.default_rng(seed + 100)
+    ref = rng.normal(-20, 3, (2, rows)).astype(np.float32)
+    return PreferenceBatch(
+        chosen=tokens(rows, length, seed, empty=empty),
+        rejected=tokens(rows, length, seed + 1, empty=empty),
+        ref_chosen_logps=jnp.asarray(ref[0]),
+        ref_rejected_logps=jnp.asarray(ref[1]),
+    )
