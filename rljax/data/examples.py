@@ -16,6 +16,8 @@ Rules, the same for all of them:
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +50,7 @@ class Comparison(NamedTuple):
 def text_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
     """{"text"}: all tokens but the first are trained, and eos after the last (unless the text is cut)."""
     _at_least_one(max_length=max_length)
-    ids = _prompt(forms.text_row(row)["text"], tokenizer)[1]
+    ids = _prompt(forms.text_row(row)["text"], tokenizer).ids
     eos = _eos(tokenizer)
     while len(ids) > 1 and ids[-2:] == [eos, eos]:
         ids.pop()
@@ -59,8 +61,7 @@ def text_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> 
 def prompt_ids(prompt: Text, tokenizer: Any, *, max_prompt: int | None = None) -> np.ndarray:
     """The tokens i32[n] that generation continues: of a text, or of messages up to where the answer begins."""
     _at_least_one(max_prompt=max_prompt)
-    _, ids, keep = _prompt(prompt, tokenizer)
-    return np.asarray(_cut_prompt(ids, keep, max_prompt), np.int32)
+    return np.asarray(_cut(_prompt(prompt, tokenizer), max_prompt), np.int32)
 
 
 def prompt_example(row: Row, tokenizer: Any, *, max_prompt: int | None = None) -> Example:
@@ -77,7 +78,7 @@ def completion_example(
     Of a completion of several messages (a dialogue with a user or a tool) only the assistant's are.
     """
     row = forms.completion_row(row)
-    return _join(row["prompt"], row["completion"], tokenizer, max_prompt, max_completion)
+    return _join(row["prompt"], [row["completion"]], tokenizer, max_prompt, max_completion)[0]
 
 
 def chat_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
@@ -101,9 +102,7 @@ def preference_example(
 ) -> tuple[Example, Example]:
     """{"prompt", "chosen", "rejected"} (see `preference_row`) -> (chosen, rejected), with equal prompt tokens."""
     row = forms.preference_row(row)
-    chosen, rejected = (
-        _join(row["prompt"], row[side], tokenizer, max_prompt, max_completion) for side in ("chosen", "rejected")
-    )
+    chosen, rejected = _join(row["prompt"], [row["chosen"], row["rejected"]], tokenizer, max_prompt, max_completion)
     return chosen, rejected
 
 
@@ -112,7 +111,8 @@ def unpaired_example(
 ) -> Unpaired:
     """{"prompt", "completion", "label"} -> the completion and whether it is desirable."""
     row = forms.unpaired_row(row)
-    return Unpaired(_join(row["prompt"], row["completion"], tokenizer, max_prompt, max_completion), row["label"])
+    example = _join(row["prompt"], [row["completion"]], tokenizer, max_prompt, max_completion)[0]
+    return Unpaired(example, row["label"])
 
 
 def comparison_example(
@@ -120,8 +120,8 @@ def comparison_example(
 ) -> Comparison:
     """{"prompt", "completions", "best"}, or a preference row (k = 2, best 0), with an optional "margin"."""
     row = forms.comparison_row(row)
-    examples = tuple(_join(row["prompt"], text, tokenizer, max_prompt, max_completion) for text in row["completions"])
-    return Comparison(examples, row["best"], row["margin"])
+    examples = _join(row["prompt"], row["completions"], tokenizer, max_prompt, max_completion)
+    return Comparison(tuple(examples), row["best"], row["margin"])
 
 
 def mismatch(prompt_of: Example, completion_of: Example) -> Example:
@@ -134,25 +134,37 @@ def mismatch(prompt_of: Example, completion_of: Example) -> Example:
 # --- prompt + completion ----------------------------------------------------------------------------------------------
 
 
+class _Prompt(NamedTuple):
+    text: str
+    ids: list[int]  # not yet cut
+    keep: int  # how many tokens at the start mark the beginning of the sequence, and survive cutting
+    plain: list[int]  # the tokens of the text alone
+
+
 def _join(
-    prompt: Text, completion: Text, tokenizer: Any, max_prompt: int | None, max_completion: int | None
-) -> Example:
+    prompt: Text, completions: Sequence[Text], tokenizer: Any, max_prompt: int | None, max_completion: int | None
+) -> list[Example]:
     _at_least_one(max_prompt=max_prompt, max_completion=max_completion)
-    text, head, keep = _prompt(prompt, tokenizer)
-    if isinstance(completion, str):
-        ids = _continuation(text, completion, tokenizer)[0]
-        eos = _eos(tokenizer)
-        tail = [*(ids[: ids.index(eos)] if eos in ids else ids), eos]  # nothing after an end token is ever generated
-        mask = [True] * len(tail)
-    else:
-        tail, mask = _answer(text, prompt, completion, tokenizer)
-    head = _cut_prompt(head, keep, max_prompt)
-    tail, mask = tail[:max_completion], mask[:max_completion]
-    return _example([*head, *tail], [False] * len(head) + mask, len(head))
+    start = _prompt(prompt, tokenizer)
+    head, examples = _cut(start, max_prompt), []
+    for completion in completions:
+        if isinstance(completion, str):
+            ids, eos = _continuation(start, completion, tokenizer)[0], _eos(tokenizer)
+            tail = [
+                *(ids[: ids.index(eos)] if eos in ids else ids),
+                eos,
+            ]  # nothing after an end token is ever generated
+            mask = [True] * len(tail)
+        else:
+            tail, mask = _answer(start, prompt, completion, tokenizer)
+        tail, mask = tail[:max_completion], mask[:max_completion]
+        examples.append(_example([*head, *tail], [False] * len(head) + mask, len(head)))
+    return examples
 
 
-def _answer(text: str, prompt: Any, completion: list[chat.Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens and mask of messages after a prompt that renders as `text`, up to the end of the last answer."""
+def _answer(start: _Prompt, prompt: Any, completion: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokens and mask of messages after a prompt of messages, up to the end of the last answer."""
+    text = start.text
     whole, spans = chat.spans([*prompt, *completion], tokenizer, first=len(prompt))
     if not whole.startswith(text):
         raise ValueError(
@@ -165,7 +177,7 @@ def _answer(text: str, prompt: Any, completion: list[chat.Message], tokenizer: A
     end = chat.special_pattern(tokenizer).search(rest, spans[-1][1])
     if end and not rest[spans[-1][1] : end.start()].strip() and completion[-1]["role"] == "assistant":
         spans[-1] = (spans[-1][0], end.end())  # {% generation %} marks that leave the end of turn out
-    ids, offsets = _continuation(text, rest, tokenizer)
+    ids, offsets = _continuation(start, rest, tokenizer)
     mask = _covered(offsets, spans)
     last = max((i for i, trained in enumerate(mask) if trained), default=-1)
     ids, mask = ids[: last + 1], mask[: last + 1]
@@ -181,31 +193,35 @@ def _close(ids: list[int], mask: list[bool], tokenizer: Any) -> tuple[list[int],
     return [*ids[: last + 1], _eos(tokenizer)], [*mask[: last + 1], True]
 
 
-def _prompt(prompt: Text, tokenizer: Any) -> tuple[str, list[int], int]:
-    """A prompt as text and as tokens, not yet cut, and how many tokens at its start mark the beginning."""
+def _prompt(prompt: Text, tokenizer: Any) -> _Prompt:
     if isinstance(prompt, str):
-        lead, ids = _lead(tokenizer), _encode(tokenizer, prompt)[0]
-        return prompt, ids if ids[: len(lead)] == lead else [*lead, *ids], len(lead)
+        lead = _lead(tokenizer, tokenizer.bos_token_id, getattr(tokenizer, "add_bos_token", False))
+        plain = _encode(tokenizer, prompt)[0]
+        ids = plain if plain[: len(lead)] == list(lead) else [*lead, *plain]
+        return _Prompt(prompt, ids, len(lead), plain)
     text = chat.render(prompt, tokenizer, generation_prompt=True)
+    plain = _encode(tokenizer, text)[0]
     # A template may begin with what is called the bos token without meaning it (SmolLM2's <|im_start|>).
     begins = "bos_token" in tokenizer.get_chat_template() and text.startswith(str(tokenizer.bos_token))
-    return text, _encode(tokenizer, text)[0], int(begins)
+    return _Prompt(text, plain, int(begins), plain)
 
 
-def _cut_prompt(ids: list[int], keep: int, limit: int | None) -> list[int]:
-    """The last `limit` tokens, but the first `keep` kept."""
+def _cut(prompt: _Prompt, limit: int | None) -> list[int]:
+    """The last `limit` tokens of the prompt, the beginning of the sequence kept."""
+    ids, keep = prompt.ids, prompt.keep
     if limit is None or len(ids) <= limit:
         return ids
     keep = min(keep, limit)
     return [*ids[:keep], *ids[len(ids) - limit + keep :]]
 
 
-def _continuation(text: str, rest: str, tokenizer: Any) -> tuple[list[int], list[chat.Span]]:
-    """Tokens of `rest` as it stands after `text`, and their characters in `rest`."""
+def _continuation(prompt: _Prompt, rest: str, tokenizer: Any) -> tuple[list[int], list[chat.Span]]:
+    """Tokens of `rest` as it stands after the prompt, and their characters in `rest`."""
     # Where the tokenizer merges across the border, another neighbour shows how it tokenises a text that is not a
     # beginning (so that, for instance, no space is put before it).
-    for before in (text, "\n", ".", "0", "a"):
-        head, (ids, offsets) = _encode(tokenizer, before)[0], _encode(tokenizer, before + rest)
+    for before in (prompt.text, "\n", ".", "0", "a"):
+        head = prompt.plain if before == prompt.text else _encode(tokenizer, before)[0]
+        ids, offsets = _encode(tokenizer, before + rest)
         if ids[: len(head)] == head:
             shift = len(before)
             return ids[len(head) :], [(max(0, a - shift), b - shift) for a, b in offsets[len(head) :]]
@@ -222,10 +238,11 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[chat.Span]]:
     return out["input_ids"], out["offset_mapping"]
 
 
-def _lead(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before every text."""
+@functools.lru_cache(maxsize=8)
+def _lead(tokenizer: Any, _bos: int | None, _added: bool) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before every text (the other arguments only tell settings apart)."""
     plain, full = _encode(tokenizer, "a")[0], tokenizer("a", verbose=False)["input_ids"]
-    return full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)]
+    return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)])
 
 
 def _covered(offsets: list[chat.Span], spans: list[chat.Span]) -> list[bool]:

@@ -2,7 +2,7 @@
 
 from rljax.models.cache import Cache, init_cache, repeat_cache
 from rljax.models.config import ModelConfig, Rope
-from rljax.models.heads import Head, ScalarModel, reward_model, scalar_head
+from rljax.models.heads import Head, ScalarModel, normalize_head, reward_model, scalar_head
 from rljax.models.rules import RULES
 from rljax.models.transformer import build, unstack
 
@@ -15,6 +15,7 @@ __all__ = [
     "ScalarModel",
     "build",
     "init_cache",
+    "normalize_head",
     "repeat_cache",
     "reward_model",
     "scalar_head",

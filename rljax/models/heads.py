@@ -41,6 +41,13 @@ def scalar_head(hidden_size: int) -> Head:
     return Head(init=init, apply=apply)
 
 
+def normalize_head(params: Params, *, mean: float, std: float) -> Params:
+    """The head whose scores are (score − mean) / std of this one's. ValueError for a std that is not positive."""
+    if not std > 0:
+        raise ValueError(f"scores with std {std} cannot be brought to std 1: all samples score alike, or not a number")
+    return {"kernel": params["kernel"] / std, "bias": (params["bias"] - mean) / std}
+
+
 def reward_model(model: LanguageModel) -> ScalarModel:
     """The decoder with a scalar head in place of its unembedding, as reward model (`scores`) or critic (`values`).
 

@@ -84,11 +84,11 @@ def _shards(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
     return shards
 
 
-def write_tensors(folder: pathlib.Path | None, tensors: list[Tensor], limit: int = SHARD_BYTES) -> None:
+def write_tensors(folder: pathlib.Path | None, tensors: list[Tensor]) -> None:
     """model.safetensors, or numbered shards with an index. A folder of None only takes part in the gathering."""
     from safetensors.numpy import save_file
 
-    shards = _shards(tensors, limit)
+    shards = _shards(tensors, SHARD_BYTES)
     places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

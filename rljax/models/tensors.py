@@ -142,7 +142,7 @@ def join_parts(parts: Sequence[np.ndarray], layout: str, axes: Sequence[str]) ->
         return np.ascontiguousarray(arrays[0]).reshape(shape)
     split = next(i for i, word in enumerate(words) if "+" in word)
     flat = [a.reshape([_size(_term(word, i), sizes) for word in words]) for i, a in enumerate(arrays)]
-    return np.concatenate(flat, axis=split)
+    return np.ascontiguousarray(np.concatenate(flat, axis=split))  # numpy keeps the order of transposed inputs
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

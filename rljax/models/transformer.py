@@ -299,14 +299,16 @@ def build(config: ModelConfig) -> LanguageModel:
         return module.apply({"params": params}, ids, segments, cache)
 
     def unembed(params: Params, hidden: Array) -> Array:
-        equation = "...d,vd->...v" if config.tied else "...d,dv->...v"
-        table = params["embed"]["tokens"] if config.tied else params["unembed"]["kernel"]
-        hidden = hidden.astype(config.compute_dtype)
+        if config.tied:
+            equation, table = "...d,vd->...v", constrain(params["embed"]["tokens"], "tensor", None)
+        else:
+            equation, table = "...d,dv->...v", constrain(params["unembed"]["kernel"], None, "tensor")
+        dtype = jnp.dtype(config.compute_dtype)
         logits = jnp.einsum(
             equation,
-            hidden,
-            table.astype(hidden.dtype),
-            precision=exact(hidden.dtype),
+            hidden.astype(dtype),
+            table.astype(dtype),
+            precision=exact(dtype),
             preferred_element_type=jnp.float32,
         )
         cap = config.final_softcap

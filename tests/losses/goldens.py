@@ -74,11 +74,11 @@ POLICY = [
         [[-1.3, -1.3, 0.0], [0.8, 0.0, 0.0], [0.0, -2.4, -2.4]],
         CLIP,
     ),
-    # ½ max(V − R, V_clipped − R)²: ½ max(4, 2.25), ½ max(1, 2.25), ½ 0.36
+    # ½ max(V − R, V_clipped − R)²: ½ max(4, 2.25), ½ max(1, 2.25), ½ 0.36, ½ max(0.04, 0.25)
     Golden(
         "losses.value_clip_loss",
-        ([[2.0, 2.0, 0.9]], [[1.0, 1.0, 1.0]], [[0.0, 3.0, 1.5]]),
-        [[2.0, 1.125, 0.18]],
+        ([[2.0, 2.0, 0.9, 0.2]], [[1.0, 1.0, 1.0, 1.0]], [[0.0, 3.0, 1.5, 0.0]]),
+        [[2.0, 1.125, 0.18, 0.125]],
         {"clip": 0.5},
         (0, 2),
     ),
@@ -96,18 +96,28 @@ KL = [
     # S = (1/2, 1/2), T = (3/4, 1/4), M = ¾ S + ¼ T = (9/16, 7/16)
     Golden(
         "losses.distillation_loss",
-        ([[[4.0, 4.0]]], [[[1 + LN3 * tau, 1.0]]]),
+        ([[[4.0, 4.0]]], [[[1 + LN3, 1.0]]]),
         [[expected]],
-        {"divergence": divergence} | ({"temperature": tau} if tau != 1 else {}),
+        {"divergence": divergence},
         (0, 1),
         label,
     )
-    for label, divergence, tau, expected in [
-        ("forward_kl", "forward_kl", 1, 0.130812),  # ¾ ln(3/2) + ¼ ln(1/2)
-        ("reverse_kl", "reverse_kl", 1, 0.143841),  # ½ ln(2/3) + ½ ln 2
-        ("jsd", ("jsd", 0.25), 1, 0.0248699),  # ¼ (¾ ln(4/3) + ¼ ln(4/7)) + ¾ (½ ln(8/9) + ½ ln(8/7))
-        ("temperature", "forward_kl", 2, 0.130812),  # the teacher's logits are doubled: the same T
+    for label, divergence, expected in [
+        ("forward_kl", "forward_kl", 0.130812),  # ¾ ln(3/2) + ¼ ln(1/2)
+        ("reverse_kl", "reverse_kl", 0.143841),  # ½ ln(2/3) + ½ ln 2
+        ("jsd", ("jsd", 0.25), 0.0248700),  # ¼ (¾ ln(4/3) + ¼ ln(4/7)) + ¾ (½ ln(8/9) + ½ ln(8/7))
     ]
+]
+KL += [
+    # S = (1/3, 2/3), T = (3/4, 1/4), as logits times 2: ¾ ln(9/4) + ¼ ln(3/8)
+    Golden(
+        "losses.distillation_loss",
+        ([[[4.0, 4 + 2 * LN2]]], [[[1 + 2 * LN3, 1.0]]]),
+        [[0.362990]],
+        {"divergence": "forward_kl", "temperature": 2.0},
+        (0, 1),
+        "temperature",
+    ),
 ]
 
 PREFERENCE = [
@@ -177,14 +187,14 @@ PREFERENCE = [
     ),
 ]
 
+SCORES = [1 + LN3, -2.0], [1.0, -2.0]
+
 REWARD = [
-    Golden(
-        "losses.bradley_terry_loss", ([LN3, 0.0], [0.0, 0.0]), [0.287682, 0.693147], gradient=(0, 1)
-    ),  # ln(4/3), ln 2
+    Golden("losses.bradley_terry_loss", SCORES, [0.287682, 0.693147], gradient=(0, 1)),  # ln(4/3), ln 2
     # ln(1 + 1), ln(1 + 3)
     Golden(
         "losses.bradley_terry_loss",
-        ([LN3, 0.0], [0.0, 0.0]),
+        SCORES,
         [0.693147, 1.386294],
         {"margin": LN3},
         (0, 1),

@@ -11,7 +11,7 @@ POLICY, REFERENCE = np.asarray([0.3, -0.5, 1.1, 0.0]), np.asarray([-0.2, 0.4, 0.
 
 
 def expected_loss(logits, estimator, stop):
-    """E_π[kl_penalty] over all four outcomes; `stop` keeps the sampling distribution out of the gradient, as samples do."""
+    """E_π[kl_penalty] over all four outcomes; `stop` keeps the sampling distribution constant, as samples are."""
     logps = jax.nn.log_softmax(logits)
     penalty = losses.kl_penalty(logps[None], jax.nn.log_softmax(REFERENCE)[None], estimator=estimator)[0]
     return jnp.sum(stop(jnp.exp(logps)) * penalty)
@@ -60,9 +60,9 @@ def test_unknown_names_raise():
     x = np.zeros((1, 2))
     with pytest.raises(ValueError, match="Unknown KL estimator 'k4': choose \"k1\""):
         losses.kl_penalty(x, x, estimator="k4")
-    with pytest.raises(ValueError, match="Unknown divergence 'kl': choose"):
+    with pytest.raises(ValueError, match=r"Unknown divergence 'kl': choose"):
         losses.distillation_loss(x[None], x[None], divergence="kl")
-    with pytest.raises(ValueError, match="temperature is 0.0"):
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
         losses.distillation_loss(x[None], x[None], divergence="reverse_kl", temperature=0.0)
 
 

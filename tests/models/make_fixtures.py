@@ -1,9 +1,10 @@
-"""Writes tests/models/fixtures: a small random checkpoint per family with the logits that transformers (torch) gives for it.
+"""Writes tests/models/fixtures: a small random checkpoint per family, and the logits that transformers gives for it.
 
     python -m tests.models.make_fixtures [NAME …]
 
-needs torch, which the tests themselves do not. Every parameter is random (also biases and norms, which start at 0 and 1), windows
-are shorter than the text, soft-caps are reached, heads are grouped, and head sizes differ from hidden/heads where that is legal.
+needs torch, which the tests themselves do not. Every parameter is random (also biases and norms, which start at 0 and
+1), windows are shorter than the text, soft-caps are reached, heads are grouped, and head sizes differ from
+hidden/heads where that is legal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Logits equal those of transformers (torch, float32), for every family: plain, left-padded, packed and with the KV cache."""
+"""Logits equal those of transformers (torch, float32), for every family: plain, left-padded, packed, with a KV cache."""
 
 import dataclasses
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +9,37 @@ import numpy as np
 import pytest
 
 from rljax.models import build, hf, init_cache
+from rljax.models.resolve import load_tokenizer
 from tests.models.make_fixtures import CASES, FOLDER, LENGTH, PADS, SPLIT
 
 TOLERANCE = 1e-4
 PREFILL = 11
+FAST = {"xla_backend_optimization_level": 0}  # of compiling: these programs run once
 
 
-@functools.lru_cache
-def loaded(name: str):
+@functools.cache
+def loaded(name):
     model, params = hf.load(FOLDER / name, dtype="float32")
     return model, params, dict(np.load(FOLDER / name / "golden.npz"))
 
 
 def logits_of(model, params, ids, segments):
-    @jax.jit
     def run(params, ids, segments):
         return model.unembed(params, model.apply(params, ids, segments).hidden)
 
-    return np.asarray(run(params, jnp.asarray(ids), jnp.asarray(segments)))
+    compiled = jax.jit(run, compiler_options=FAST)
+    return np.asarray(compiled(params, jnp.asarray(ids), jnp.asarray(segments)))
+
+
+@functools.cache
+def rows(name):
+    """All rows in one batch, which also shows that they do not see each other: two full, two padded, one packed."""
+    model, params, golden = loaded(name)
+    ids, segments = golden["ids"][[0, 1, 0, 0, 0]], np.ones((5, LENGTH), np.int32)
+    segments[2:4, :PADS] = 0
+    ids[2, :PADS], ids[3, :PADS] = 0, 63
+    segments[4, SPLIT:] = 2
+    return logits_of(model, params, ids, segments)
 
 
 def close(got, want):
@@ -37,27 +49,19 @@ def close(got, want):
 
 @pytest.mark.parametrize("name", CASES)
 def test_full_rows(name):
-    model, params, golden = loaded(name)
-    close(logits_of(model, params, golden["ids"], np.ones_like(golden["ids"])), golden["logits"])
+    close(rows(name)[:2], loaded(name)[2]["logits"])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_left_padding_is_invisible(name):
-    model, params, golden = loaded(name)
-    ids, segments = golden["ids"][:1].copy(), np.ones((1, LENGTH), np.int32)
-    segments[:, :PADS] = 0
-    for junk in (0, 63):
-        ids[:, :PADS] = junk
-        close(logits_of(model, params, ids, segments)[:, PADS:], golden["padded"])
+    for row in (2, 3):
+        close(rows(name)[row : row + 1, PADS:], loaded(name)[2]["padded"])
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "longrope" not in name])
 def test_packed_documents_do_not_see_each_other(name):
-    model, params, golden = loaded(name)
-    segments = np.where(np.arange(LENGTH)[None] < SPLIT, 1, 2)
-    got = logits_of(model, params, golden["ids"][:1], segments)
-    close(got[:, :SPLIT], golden["first"])
-    close(got[:, SPLIT:], golden["second"])
+    close(rows(name)[4:, :SPLIT], loaded(name)[2]["first"])
+    close(rows(name)[4:, SPLIT:], loaded(name)[2]["second"])
 
 
 def test_longrope_takes_the_short_factors_for_short_rows():
@@ -72,7 +76,7 @@ def test_longrope_takes_the_short_factors_for_short_rows():
 def test_cached_steps(name):
     """One prefill, then token by token."""
     model, params, golden = loaded(name)
-    step = jax.jit(lambda p, i, c: model.apply(p, i, jnp.ones_like(i), cache=c))
+    step = jax.jit(lambda p, i, c: model.apply(p, i, jnp.ones_like(i), cache=c), compiler_options=FAST)
     ids, cache, hidden = jnp.asarray(golden["ids"]), init_cache(model.config, 2, LENGTH), []
     for start, stop in [(0, PREFILL), *((t, t + 1) for t in range(PREFILL, LENGTH))]:
         out, cache = step(params, ids[:, start:stop], cache)
@@ -80,50 +84,44 @@ def test_cached_steps(name):
     close(model.unembed(params, jnp.concatenate(hidden, axis=1)), golden["logits"])
 
 
-MUTATIONS = {
-    "llama": {"norm_eps": 0.5},
-    "llama_linear": {"ropes": ()},
-    "llama_llama3": {"ropes": ()},
-    "llama_yarn": {"ropes": ()},
-    "mistral": {"windows": ()},
-    "qwen2": {"windows": ()},
-    "gemma2": {
-        "windows": (),
-        "attention_softcap": None,
-        "final_softcap": None,
-        "attention_scale": None,
-        "embed_scale": 1.0,
-    },
-    "gemma3": {"rope_of_layer": (), "windows": (), "norm_offset": 0.0},
-    "gpt2": {"activation": "gelu", "norm_eps": 0.5},
-    "gpt_neox": {"parallel_residual": False, "rotary_dim": 0, "activation": "gelu_tanh"},
-    "phi3": {"windows": (), "rotary_dim": 0},
-}
+PLAIN = "the first rope without its scaling"
+MUTATIONS = [
+    ("llama", {"norm_eps": 0.5}),
+    ("llama_linear", {"ropes": PLAIN}),
+    ("llama_llama3", {"ropes": PLAIN}),
+    ("llama_yarn", {"ropes": PLAIN}),
+    ("mistral", {"windows": ()}),
+    ("qwen2", {"windows": ()}),
+    ("gemma2", {"attention_softcap": None}),
+    ("gemma2", {"final_softcap": None}),
+    ("gemma2", {"attention_scale": None}),
+    ("gemma2", {"embed_scale": 1.0}),
+    ("gemma3", {"rope_of_layer": ()}),
+    ("gemma3", {"windows": ()}),
+    ("gemma3", {"norm_offset": 0.0}),
+    ("gpt2", {"activation": "gelu"}),
+    ("gpt_neox", {"parallel_residual": False}),
+    ("gpt_neox", {"rotary_dim": 0}),
+    ("phi3", {"windows": ()}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "field"), [(n, f) for n, fields in MUTATIONS.items() for f in fields]
-)
-def test_the_goldens_notice_every_feature(name, field):
+@pytest.mark.parametrize(("name", "change"), MUTATIONS)
+def test_the_goldens_notice_every_feature(name, change):
     """A golden that a wrong config still meets would prove nothing."""
     model, params, golden = loaded(name)
-    value = MUTATIONS[name][field]
-    if field == "ropes":
-        value = (dataclasses.replace(model.config.ropes[0], kind="default", attention_factor=1.0),)
-    wrong = build(dataclasses.replace(model.config, **{field: value}))
+    if change.get("ropes") == PLAIN:
+        change = {"ropes": (dataclasses.replace(model.config.ropes[0], kind="default", attention_factor=1.0),)}
+    wrong = build(dataclasses.replace(model.config, **change))
     got = logits_of(wrong, params, golden["ids"], np.ones_like(golden["ids"]))
-    assert np.abs(got - golden["logits"]).max() > (3e-4 if field == "activation" else 100 * TOLERANCE)
+    assert np.abs(got - golden["logits"]).max() > (3 if "activation" in change else 100) * TOLERANCE
 
 
-def test_a_real_checkpoint_writes_english(stories):
-    """stories260K: likely text is likely, and the first words of a story continue it."""
+def test_a_real_checkpoint_knows_english(stories):
+    """stories260K: a likely text is likely."""
     model, params = hf.load(stories)
-    from rljax.models.resolve import load_tokenizer
-
-    tokenizer = load_tokenizer(stories)
     text = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
-    ids = np.asarray([tokenizer(text)["input_ids"]])
-    logps = jax.nn.log_softmax(logits_of(model, params, ids, np.ones_like(ids)))
-    mean = np.take_along_axis(np.asarray(logps)[:, :-1], ids[:, 1:, None], axis=2).mean()
-    assert mean > -1.5  # ln 512 = 6.2 is chance
-    assert pathlib.Path(stories).is_dir()
+    ids = np.asarray([load_tokenizer(stories)(text)["input_ids"]])
+    logps = np.asarray(jax.nn.log_softmax(logits_of(model, params, ids, np.ones_like(ids))))
+    mean = np.take_along_axis(logps[:, :-1], ids[:, 1:, None], axis=2).mean()
+    assert mean > -1.5  # chance is -6.2
