@@ -106,8 +106,9 @@ def serve(facts: dict[str, Any], step: Callable[[], Any], peak: Callable[[], flo
 class Worker:
     """The other side of `serve`: `facts`, and a list of what each round found."""
 
-    def __init__(self, command: Sequence[str]):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, command: Sequence[str], cores: int | None = None):
+        pinned = ["taskset", "-c", f"0-{cores - 1}", *command] if cores else command
+        self.process = subprocess.Popen(pinned, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.rounds: list[dict[str, float]] = []
         self.facts = self._read()
 
@@ -132,12 +133,12 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(*commands: Sequence[str]) -> Iterator[list[Worker]]:
-    """One worker after the other gets ready (compiles); all of them are ended on leaving."""
+def workers(*commands: Sequence[str], cores: int | None = None) -> Iterator[list[Worker]]:
+    """One worker after the other gets ready (compiles); all of them are ended on leaving. `cores` pins them (Linux)."""
     started: list[Worker] = []
     try:
         for command in commands:
-            started.append(Worker(command))
+            started.append(Worker(command, cores))
         yield started
     finally:
         for worker in started:

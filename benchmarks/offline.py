@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -184,10 +185,14 @@ def measure(options: argparse.Namespace, update: str, dtype: str) -> None:
     compare = options.against == "trl" and update == "dpo+ref" and dtype == "float32"
     if compare:
         commands.append([options.trl_python, __file__.replace("offline.py", "trl_dpo.py"), *case])
-    with machine.workers(*commands) as started:
+    with machine.workers(*commands, cores=options.cores) as started:
         machine.take_turns(started, options.rounds)
         ours, *theirs = started
-        settings = {"remat": options.remat, "unroll": options.unroll or "default"}
+        settings = {
+            "remat": options.remat,
+            "unroll": options.unroll or "default",
+            "cores": options.cores or os.cpu_count(),
+        }
         machine.emit(library="rljax", **label, **settings, **figures(options, ours, update), **machine.description())
         for other in theirs:
             machine.emit(library="trl", **label, **figures(options, other, update), **machine.description())
@@ -203,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="steps measured, one per round")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--unroll", type=int, default=0, help="layers per step of the scan; 0: as our programs choose")
+    parser.add_argument("--cores", type=int, help="pin to so many cores; with 1, cpu_seconds is fair on a busy machine")
     parser.add_argument("--against", choices=("trl",), help="take turns with TRL on dpo+ref in float32")
     parser.add_argument("--trl-python", default="python", help="an interpreter that has torch and trl")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

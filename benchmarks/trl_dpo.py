@@ -1,4 +1,4 @@
-"""TRL's DPO step, for comparison: `DPOTrainer.train` on a Llama of the same shape with random weights, in float32 on CPU.
+"""TRL's DPO step, for comparison: `DPOTrainer.train` on a Llama of the same shape of random weights, float32 on CPU.
 
 The trainer is as TRL ships it (collator, concatenated forward, reference model in every step, metrics, clipped AdamW),
 with gradient checkpointing and mixed precision off. Run by `offline.py --against trl --trl-python PYTHON`, where PYTHON

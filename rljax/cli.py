@@ -16,8 +16,10 @@ from types import ModuleType
 from typing import Any
 
 import tyro
+from rich.console import Console
 
-from rljax import offline
+from rljax import artefacts, offline, progress
+from rljax import report as reports
 
 USAGE = """usage: rljax COMMAND …
 
@@ -65,15 +67,68 @@ def selfcheck(argv: Sequence[str]) -> int:
 
 
 def sample(argv: Sequence[str]) -> int:
-    return tyro.cli(offline.sample, args=list(argv), prog="rljax sample")
+    """Let something write."""
+
+    def command(
+        source: tyro.conf.Positional[str],
+        prompt: tyro.conf.UseAppendAction[list[str]],
+        n: int = 1,
+        max_new_tokens: int = 64,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        chat: bool = False,
+        step: int | None = None,
+        seed: int = 0,
+    ) -> int:
+        """Let a run, a checkpoint folder or a named model continue prompts.
+
+        Args:
+            source: the folder of a run or of a checkpoint, or a model's name
+            prompt: a text to continue; may be given several times
+            n: continuations of each
+            temperature: 0 is greedy
+            chat: put the prompt through the model's chat template
+            step: a run's checkpoint (the best, else the last)
+        """
+        if not prompt:
+            raise ValueError('give something to continue: --prompt "Once upon a time"')
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        prompts = [text for text in prompt for _ in range(n)]
+        rows = artefacts.sample(source, prompts, chat=chat, seed=seed, step=step, **sampling)
+        Console().print(progress.sample_table(rows, limit=2000))
+        return 0
+
+    return tyro.cli(command, args=list(argv), prog="rljax sample")
 
 
 def export(argv: Sequence[str]) -> int:
-    return tyro.cli(offline.export, args=list(argv), prog="rljax export")
+    """A Hugging Face checkpoint of a run."""
+
+    def command(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[str], step: int | None = None) -> int:
+        """Write the weights of a run as a Hugging Face checkpoint.
+
+        Args:
+            run: the folder of a run
+            folder: where to write; must be new, empty or an earlier export
+            step: which checkpoint (the best, else the last)
+        """
+        written = artefacts.export(run, folder, step=step)
+        print(f"{folder}: the weights of step {written} of {run}")
+        return 0
+
+    return tyro.cli(command, args=list(argv), prog="rljax export")
 
 
 def report(argv: Sequence[str]) -> int:
-    return tyro.cli(offline.report, args=list(argv), prog="rljax report")
+    """report.md and its plots."""
+
+    def command(run: tyro.conf.Positional[str]) -> int:
+        """Write report.md and the plots of a run again."""
+        print(reports.write_report(run))
+        return 0
+
+    return tyro.cli(command, args=list(argv), prog="rljax report")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -114,7 +169,8 @@ def import_file(file: pathlib.Path) -> ModuleType:
 
 
 def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") -> Any:
-    """Replace fields of an experiment by `--field value`, and keyword arguments of its functions by `--field.name value`.
+    """Replace fields of an experiment by `--field value`, and keyword arguments of its functions by `--field.name
+    value`.
 
     The options are a dataclass made from the experiment's value: a field that holds a function becomes a group of that
     function's keyword-only parameters. What is not among them is an error.
@@ -160,10 +216,12 @@ def _option_type(hint: Any, default: Any) -> Any:
     plain = (bool, int, float, str)
     if default is inspect.Parameter.empty or not (default is None or isinstance(default, plain)):
         return None
-    if any(hint is t for t in plain) or (typing.get_args(hint) and all(t in (*plain, type(None)) for t in typing.get_args(hint))):
+    if any(hint is t for t in plain) or (
+        typing.get_args(hint) and all(t in (*plain, type(None)) for t in typing.get_args(hint))
+    ):
         return hint
-    if default is None:
-        return None
+    if default is None:  # a number where there is one: `ops.Scalar | None`
+        return float | None if any(hasattr(t, "dtypes") for t in typing.get_args(hint)) else None
     return float if type(default) is int else type(default)
 
 

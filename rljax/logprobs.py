@@ -1,7 +1,7 @@
 """What a model's logits say about tokens, without ever holding the logits of a whole batch.
 
-The hidden states of the trained tokens are gathered, then unembedded a chunk of columns at a time; when there is more than
-one chunk, each one's logits are rematerialised in the backward pass. A float32 `[b, t, v]` array is never alive.
+The hidden states of the trained tokens are gathered, then unembedded a chunk of columns at a time; when there is more
+than one chunk, each one's logits are rematerialised in the backward pass. A float32 `[b, t, v]` array is never alive.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def map_logits(
 def _trained_columns(hidden: Array, tokens: Tokens, max_trained: int | None) -> tuple[Array, Array, Array, Array]:
     """(hidden, ids, mask, positions), each [b n …]: the state that predicts each token beside that token.
 
-    This is where hidden states meet the tokens that they predict: the token at position p belongs to the state at p - 1.
+    This is where hidden states meet the tokens that they predict: the token at position p belongs to the state at p -
+      1.
     With a bound below the row's length the trained tokens come first, in order, and n is the bound.
     """
     rows, length = tokens.ids.shape

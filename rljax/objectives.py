@@ -1,7 +1,7 @@
 """Objectives: pure losses bound to a model, as `LossFn`s that a training step can differentiate.
 
-Each builder takes the model (code) and a loss (mathematics) and returns `(params, batch) -> (Mean, Metrics)`. Rows that the
-data layer added to fill a batch (no real token) weigh nothing, in the loss and in every metric.
+Each builder takes the model (code) and a loss (mathematics) and returns `(params, batch) -> (Mean, Metrics)`. Rows
+that the data layer added to fill a batch (no real token) weigh nothing, in the loss and in every metric.
 """
 
 from __future__ import annotations
@@ -71,10 +71,11 @@ def preference(
 
     loss: with `reference`, (policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> [b]; without,
       (chosen, rejected) -> [b].
-    average: hand the loss log-probabilities averaged over the response (SimPO, ORPO, IPO as its authors ran it) instead of
-      summed. The batch's reference log-probabilities must then be averages too.
-    nll_weight: adds that much negative log-likelihood of the chosen response: 1 with `orpo_loss` and `cpo_loss`, RPO's α
-      (2404.19733) with `dpo_loss`. nll_average: its mean per token of a response (RPO, ORPO, TRL) or its sum (CPO, Eq. 5).
+    average: hand the loss log-probabilities averaged over the response (SimPO, ORPO, IPO as its authors ran it)
+      instead of summed. The batch's reference log-probabilities must then be averages too.
+    nll_weight: adds that much negative log-likelihood of the chosen response: 1 with `orpo_loss` and `cpo_loss`,
+      RPO's α (2404.19733) with `dpo_loss`. nll_average: its mean per token of a response (RPO, ORPO, TRL) or its sum
+      (CPO, Eq. 5).
     """
     scale = reward_scale(loss)
 
@@ -129,8 +130,8 @@ def unpaired(
 def comparison(model: ScalarModel, loss: Callable[..., Array] = losses.bradley_terry_loss) -> LossFn:
     """A reward-model loss on k scored responses a prompt.
 
-    loss: either `(chosen[b], rejected[b], *, margin) -> [b]` for pairs, given the data's margins where it takes them, or
-      `(scores[b k], best[b]) -> [b]` for any k; which of the two is read off its parameter names.
+    loss: either `(chosen[b], rejected[b], *, margin) -> [b]` for pairs, given the data's margins where it takes them,
+      or `(scores[b k], best[b]) -> [b]` for any k; which of the two is read off its parameter names.
     """
     listwise = "best" in inspect.signature(loss).parameters
     margins = "margin" in inspect.signature(loss).parameters

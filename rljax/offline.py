@@ -1,7 +1,7 @@
 """The program whose batches come from a data set: supervised fine-tuning, reward models, preference learning.
 
-`run` reads from top to bottom: set up, check, loop, report. What is trained on is a `Task` (tasks.py); everything else here
-is the same for every kind of experiment.
+`run` reads from top to bottom: set up, check, loop, report. What is trained on is a `Task` (tasks.py); everything
+else here is the same for every kind of experiment.
 """
 
 from __future__ import annotations
@@ -54,11 +54,14 @@ class Preference(Run):
     nll_average: bool = True  # per token (RPO, ORPO) or summed (CPO)
 
 
+KTO = functools.partial(losses.kto_loss, beta=0.1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unpaired(Run):
     """Learning from single completions marked good or bad (KTO); pairs are taken apart."""
 
-    loss: Callable[..., Any] = functools.partial(losses.kto_loss, beta=0.1)
+    loss: Callable[..., Any] = KTO
 
 
 HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
@@ -110,8 +113,8 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
             _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
     if stop.requested is not None:
         return 128 + signal.Signals[stop.requested].value
-    written = report.write_report(folder)
-    print(f"\nreport: {written}\nexport: rljax export {folder} FOLDER")
+    if jax.process_index() == 0:
+        print(f"\nreport: {report.write_report(folder)}\nexport: rljax export {folder} FOLDER")
     return 0
 
 
@@ -171,7 +174,8 @@ HEADLINES = {
 
 
 def _rows(experiment: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> tasks.Rows:
-    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it."""
+    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it.
+    """
     if callable(experiment.data):
         kept = folder / "data" / "train.jsonl"
         recipe = {name: program.describe(getattr(experiment, name)) for name in ("data", "model", "seed")}
@@ -262,7 +266,7 @@ def _evaluate(
     experiment: Run, setup: Setup, state: TrainState, progress: Progress, tracker: tracking.Tracker, step: int
 ) -> tuple[Progress, dict[str, float] | None]:
     """Log the metrics of all held-out rows; (progress, what ranks this state), where there is something to rank by."""
-    with tracker.phase("evaluating"):
+    with tracker.phase("evaluating held-out rows" if step == 0 else None):
         batches = (setup.evaluate(state.params, setup.place(batch, state.params)) for batch in setup.task.evals())
         metrics = functools.reduce(train.add_metrics, batches)
         tracker.log(step, metrics, prefix="eval/")
@@ -307,7 +311,9 @@ def _sampling(experiment: Run) -> dict[str, Any]:
 
 
 def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> TrainState:
-    """A reward model with its head rescaled to mean 0 and std 1 on texts of the policy (Ziegler et al. 2019, section 2.1)."""
+    """A reward model with its head rescaled to mean 0 and std 1 on texts of the policy (Ziegler et al. 2019, section
+    2.1).
+    """
     if not isinstance(experiment, RewardModel) or not experiment.normalize:
         return state
     with tracker.phase(f"normalising the reward on {experiment.normalize} samples of the policy"):

@@ -17,6 +17,9 @@ from rljax import models, policy, sharding, train
 from rljax.types import TrainState
 
 
+ADAM = functools.partial(optax.adamw, weight_decay=0.0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """Settings of any run. Fields only: programs are functions that take one. Each is an option: `--steps 100`."""
@@ -33,8 +36,8 @@ class Run:
     batch: int = 8  # rows (pairs, comparisons) per update, over all devices
     microbatches: int = 1
     learning_rate: float = 1e-6
-    schedule: Callable[..., optax.Schedule] = functools.partial(train.linear, warmup=0)
-    optimizer: Callable[..., optax.GradientTransformation] = functools.partial(optax.adamw, weight_decay=0.0)
+    schedule: Callable[..., optax.Schedule] = train.linear
+    optimizer: Callable[..., optax.GradientTransformation] = ADAM
     clip_norm: float | None = 1.0
     seed: int = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jax import Array
 
 from rljax import ops
 from rljax.models import init_cache
+from rljax.models.heads import last_token
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
 
@@ -29,29 +31,24 @@ def generate(
 ) -> Rollout:
     """Continue every prompt until it writes one of `stop_ids` or `max_new_tokens` tokens.
 
-    prompts: [b p], one document a row, padding anywhere (segments 0). The result's rows are the prompt's p columns followed
-      by the new tokens, [b, p + max_new_tokens]; columns after a stop token are padding. The stop token is part of the response.
-    key: row i draws its token at step s with fold_in(fold_in(key, i), s), so what a row samples does not depend on its companions.
-    temperature: logits are divided by it; 0 is greedy decoding. top_k keeps the k likeliest tokens, top_p the smallest set of
-      likeliest tokens whose probability reaches it (applied in this order). `Rollout.logps` are those of the distribution that is
-      left after all three: log-probability 0 for greedy.
+    prompts: [b p], one document a row, padding anywhere (segments 0). The result's rows are the prompt's p columns
+      followed by the new tokens, [b, p + max_new_tokens]; columns after a stop token are padding. The stop token is
+      part of the response.
+    key: row i draws its token at step s with fold_in(fold_in(key, i), s), so what a row samples does not depend on
+      its companions.
+    temperature: logits are divided by it; 0 is greedy decoding. top_k keeps the k likeliest tokens, top_p the
+      smallest set of likeliest tokens whose probability reaches it (applied in this order). `Rollout.logps` are those
+      of the distribution that is left after all three: log-probability 0 for greedy.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    rows, width = prompts.ids.shape
-    draw = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
     segment = jnp.max(prompts.segments, axis=1)
-
-    cache = init_cache(model.config, rows, width + max_new_tokens)
-    hidden, cache = model.apply(params, prompts.ids, prompts.segments, cache=cache)
-    last = jnp.max(jnp.where(prompts.segments > 0, jnp.arange(width), 0), axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(segment.size))
+    draw = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def step(loop: _Loop) -> _Loop:
-        token, logp = draw(
-            model.unembed(params, loop.hidden), jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
-        )
+        now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
+        token, logp = draw(model.unembed(params, loop.hidden), now)
         alive = ~loop.done
         token = jnp.where(alive, token, 0)
         hidden, cache = model.apply(params, token[:, None], jnp.where(alive, segment, 0)[:, None], cache=loop.cache)
@@ -65,25 +62,13 @@ def generate(
             cache=cache,
         )
 
-    new = (rows, max_new_tokens)
-    start = _Loop(
-        count=jnp.zeros((), jnp.int32),
-        ids=jnp.zeros(new, prompts.ids.dtype),
-        logps=jnp.zeros(new, jnp.float32),
-        mask=jnp.zeros(new, bool),
-        done=segment == 0,  # a row without a prompt has nothing to continue
-        hidden=hidden,
-        cache=cache,
-    )
+    start = _prefill(model, params, prompts, max_new_tokens)
     end = jax.lax.while_loop(lambda loop: (loop.count < max_new_tokens) & ~jnp.all(loop.done), step, start)
-    mask = jnp.concatenate([jnp.zeros((rows, width), bool), end.mask], axis=1)
+    new = Tokens(ids=end.ids, segments=jnp.where(end.mask, segment[:, None], 0), mask=end.mask)
+    before = dataclasses.replace(prompts, mask=jnp.zeros_like(prompts.mask))
     return Rollout(
-        tokens=Tokens(
-            ids=jnp.concatenate([prompts.ids, end.ids], axis=1),
-            segments=jnp.concatenate([prompts.segments, jnp.where(end.mask, segment[:, None], 0)], axis=1),
-            mask=mask,
-        ),
-        logps=jnp.concatenate([jnp.zeros((rows, width)), end.logps], axis=1),
+        tokens=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), before, new),
+        logps=jnp.pad(end.logps, ((0, 0), (prompts.ids.shape[1], 0))),
         finished=end.done & (segment > 0),
     )
 
@@ -98,6 +83,24 @@ class _Loop(NamedTuple):
     cache: Any
 
 
+def _prefill(model: LanguageModel, params: Params, prompts: Tokens, max_new_tokens: int) -> _Loop:
+    """The loop before its first token: every prompt read once, and the state that predicts what follows it."""
+    rows, width = prompts.ids.shape
+    new = (rows, max_new_tokens)
+    cache = init_cache(model.config, rows, width + max_new_tokens)
+    hidden, cache = model.apply(params, prompts.ids, prompts.segments, cache=cache)
+    last, exists = last_token(prompts.segments)
+    return _Loop(
+        count=jnp.zeros((), jnp.int32),
+        ids=jnp.zeros(new, prompts.ids.dtype),
+        logps=jnp.zeros(new, jnp.float32),
+        mask=jnp.zeros(new, bool),
+        done=~exists,  # a row without a prompt has nothing to continue
+        hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
+        cache=cache,
+    )
+
+
 def _draw(
     logits: Array, keys: Array, *, temperature: float | Array, top_k: int | None, top_p: float | Array | None
 ) -> tuple[Array, Array]:
@@ -110,7 +113,9 @@ def _draw(
 def filter_logits(
     logits: Array, *, temperature: float | Array = 1.0, top_k: int | None = None, top_p: float | Array | None = None
 ) -> Array:
-    """Logits of the distribution that tokens are sampled from: temperature, then top-k, then top-p; what is cut is -inf."""
+    """Logits of the distribution that tokens are sampled from: temperature, then top-k, then top-p; what is cut is
+    -inf.
+    """
     greedy = jnp.asarray(temperature == 0)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
     logits = logits / jnp.where(greedy, 1.0, temperature)

@@ -125,7 +125,8 @@ def _within(policy: Policy, worst: float, what: str) -> Check:
 def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
     """The schedule is as long as the run."""
     rates = np.asarray([float(schedule(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
-    said = f"learning rate over {steps} updates: {rates[0]:.2e} at first, {rates.max():.2e} at most, {rates[-1]:.2e} at last"
+    low, high, end = rates[0], rates.max(), rates[-1]
+    said = f"learning rate over {steps} updates: {low:.2e} at first, {high:.2e} at most, {end:.2e} at last"
     if not np.isfinite(rates).all() or (rates < 0).any():
         return Check(False, f"{said}: it must be finite and not negative")
     return Check(rates.max() > 0, said if rates.max() > 0 else f"{said}: nothing would be learned")

@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh, ordered rules, and the PartitionSpecs that follow. Data: no module or array is changed."""
+"""Where arrays live: a mesh, ordered rules, and the PartitionSpecs that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "fsdp", "tensor", "context")
+AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 Rules = Sequence[tuple[str, P]]
 
@@ -28,7 +28,7 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
     Without -1 a part of the machine can be asked for: its first devices. ValueError where the sizes do not divide
     the number of devices.
     """
-    sizes = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
     devices = jax.devices()
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -138,11 +138,12 @@ class Tracker:
         self.line.status(text)
 
     @contextlib.contextmanager
-    def phase(self, text: str) -> Iterator[None]:
-        """Announce a phase and its seconds; it does not count in the throughput (evaluation, compilation, saving)."""
+    def phase(self, text: str | None = None) -> Iterator[None]:
+        """Something that does not count in the throughput (evaluation, compilation, saving); announced with its
+        seconds if it has a text."""
         start = self._clock()
         try:
-            with self.line.phase(text):
+            with contextlib.nullcontext() if text is None else self.line.phase(text):
                 yield
         finally:
             self._paused += self._clock() - start

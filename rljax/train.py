@@ -1,7 +1,7 @@
 """The update step: a loss that returns sums, an optax optimizer, one jitted function from state to state.
 
-The update is the only place that divides a loss by its weight. That is why k microbatches give the gradient of the whole
-batch with any masks, and why the order in which devices add their shares does not change what is computed.
+The update is the only place that divides a loss by its weight. That is why k microbatches give the gradient of the
+whole batch with any masks, and why the order in which devices add their shares does not change what is computed.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def make_update(
 
     loss_fn: (params, batch) -> (Mean, Metrics). The gradient is that of total / weight over the whole batch.
     shardings: a TrainState of NamedShardings (from `sharding.shardings`); None leaves placement to the arguments.
-    microbatches: the batch is cut along axis 0 into this many pieces whose sums are added one after the other; the result
-      is the same up to the order of float additions, the memory of activations is that of one piece.
+    microbatches: the batch is cut along axis 0 into this many pieces whose sums are added one after the other; the
+      result is the same up to the order of float additions, the memory of activations is that of one piece.
     metrics: those of the loss_fn, `loss` and `grad_norm` (before any clipping by the optimizer), as Mean.
     """
     if microbatches < 1:

@@ -1,6 +1,7 @@
 """The data that flows through rljax: frozen pytrees of arrays, and the protocols of the functions between them.
 
-Shapes are written `[b t]`: b rows, t tokens, d hidden, v vocabulary. Everything per token is indexed by the token that it
+Shapes are written `[b t]`: b rows, t tokens, d hidden, v vocabulary. Everything per token is indexed by the token
+that it
 describes: `logps[:, t]` is the log-probability of `ids[:, t]` given `ids[:, :t]`, and position 0 holds 0.
 """
 
@@ -130,7 +131,9 @@ class LanguageModel(NamedTuple):
 
 
 class LossFn(Protocol):
-    """An objective: the loss as a sum with its weight, and metrics of the same kind. Sees params and batch, nothing else."""
+    """An objective: the loss as a sum with its weight, and metrics of the same kind. Sees params and batch, nothing
+    else.
+    """
 
     def __call__(self, params: Params, batch: Any, /) -> tuple[Mean, Metrics]: ...
 

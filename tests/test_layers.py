@@ -12,17 +12,19 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "rljax"
 LEVELS = [
     {"__init__", "types"},
     {"ops"},
-    {"losses", "advantages"},
-    {"sharding", "models", "metrics"},
+    {"losses"},
+    {"advantages", "sharding", "metrics"},
+    {"models"},
     {"train", "logprobs", "data"},
     {"objectives", "sampling"},
     {"policy"},
     {"reference", "checkpoint", "progress", "manifest", "plots"},
-    {"tracking", "report", "tasks"},
-    {"program", "selfchecks"},
+    {"tracking", "tasks"},
+    {"report", "program", "selfchecks"},
     {"offline"},
     {"artefacts"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -45,7 +45,12 @@ TABLE = [
         ("return -advantages * ratio", "return advantages * ratio", "_terms"),
         ("as_float(logps) - as_float(old_logps)", "as_float(old_logps) - as_float(logps)", "_ratio"),
     ),
-    *mutations("losses.clip_fraction", ("clipped > plain", "clipped < plain"), ("clipped > plain", "clipped >= plain"), ("1.0 + clip_high", "9.0", "_terms")),
+    *mutations(
+        "losses.clip_fraction",
+        ("clipped > plain", "clipped < plain"),
+        ("clipped > plain", "clipped >= plain"),
+        ("1.0 + clip_high", "9.0", "_terms"),
+    ),
     *mutations(
         "losses.cispo_loss",
         ("1.0 - clip_low", "1.0 + clip_low"),

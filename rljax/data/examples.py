@@ -249,14 +249,12 @@ def _covered(offsets: list[chat.Span], spans: list[chat.Span]) -> list[bool]:
     """Which tokens lie in a span of characters.
 
     Some tokenizers trim spaces from offsets, so that a token of spaces stands for no character, at the place where it
-    ends: there it counts as part of a span that ends there, unless another token reaches that far (an end-of-turn
-    token).
+    ends: it counts as part of a span that ends there.
     """
     first, last = np.asarray(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(offsets), bool)
     for start, end in spans:
-        reached = ((last == end) & (first < end)).any()
-        mask |= (last > start) & ((first < end) | ((last == end) & ~reached))
+        mask |= (last > start) & ((first < end) | (last == end))
     return mask.tolist()
 
 

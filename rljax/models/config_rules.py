@@ -151,7 +151,12 @@ def gemma(c: Any, *, activation: str = "hidden_act") -> dict[str, Any]:
         raise ValueError(
             "config.json sets use_bidirectional_attention: this is an encoder; only decoders are supported."
         )
-    return {**llama(c, activation=activation), "mlp_bias": False, "norm_offset": 1.0, "embed_scale": math.sqrt(c.hidden_size)}
+    return {
+        **llama(c, activation=activation),
+        "mlp_bias": False,
+        "norm_offset": 1.0,
+        "embed_scale": math.sqrt(c.hidden_size),
+    }
 
 
 def gemma2(c: Any) -> dict[str, Any]:

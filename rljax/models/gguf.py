@@ -1,8 +1,8 @@
-"""GGUF files (llama.cpp's format), read with the `gguf` package: config, weights and tokenizer as Hugging Face has them.
+"""GGUF files (llama.cpp's format), read with the `gguf` package: config, weights and tokenizer in Hugging Face's form.
 
 Architectures llama (which Mistral and SmolLM2 files use as well), qwen2 and qwen3. Quantised blocks are dequantised to
-float32, which holds every value of the quantised formats exactly. Byte-level BPE tokenizers (`tokenizer.ggml.model` = gpt2)
-are rebuilt with the pre-tokenizer that the file names.
+float32. Byte-level BPE tokenizers (`tokenizer.ggml.model` = gpt2) are rebuilt with the pre-tokenizer that the file
+names.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def read_tokenizer(path: pathlib.Path) -> Any:
     _, fields = read_fields(path)
     if fields.get("tokenizer.ggml.model") != "gpt2":
         raise ValueError(
-            f"{path} has a {fields.get('tokenizer.ggml.model')!r} tokenizer; only byte-level BPE (gpt2) is rebuilt from GGUF. "
+            f"{path} has a {fields.get('tokenizer.ggml.model')!r} tokenizer; only byte-level BPE (gpt2) is rebuilt. "
             "Use the tokenizer of the original model."
         )
     tokens, kinds, pre = (fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "pre"))

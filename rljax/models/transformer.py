@@ -242,7 +242,7 @@ def window_choices(config: ModelConfig) -> tuple[int, ...]:
 def kinds(config: ModelConfig) -> Kind:
     """For all layers i32[L]: which window and which rope."""
     choices, zeros = window_choices(config), (0,) * config.num_layers
-    window = [choices.index(w) for w in config.windows or zeros] if config.windows else zeros
+    window = [choices.index(window) for window in config.windows] or zeros
     return Kind(window=np.array(window, np.int32), rope=np.array(config.rope_of_layer or zeros, np.int32))
 
 

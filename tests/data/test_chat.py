@@ -72,7 +72,7 @@ def test_smollm2_trains_contents_and_their_ends_in_every_turn(chatml):
 
 
 @pytest.mark.parametrize(
-    "content", ["a\r\nb", "  padded  ", "é🙂", f"inner {END} end", "assistant\n", "RLJAX1TURN", "x\n"]
+    "content", ["a\r\nb", "  padded  ", "é🙂", f"inner {END} end", "assistant\n", "RLJAX2TURN", "x\n"]
 )
 def test_awkward_contents(chatml, content):
     messages = [{"role": "system", "content": content}, *say(content, content, "more", content)]
@@ -92,6 +92,14 @@ def test_trimmed_offsets(trim):
         assert trained(chat(say("  q  ", content), tokenizer), tokenizer) == [f"{content}{END}"]
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_trimmed_offsets_without_end_token(trim):
+    template = "{% for m in messages %}{{ m.role }}>{{ m.content }}|{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant>{% endif %}"
+    tokenizer = with_template(byte_level(trim_offsets=trim), template)
+    assert trained(chat(say("q", "a  ", "q", "b  "), tokenizer), tokenizer) == ["a  ", f"b  {END}"]
+
+
 def test_cut_dialogue(chatml):
     whole = chat(say("hello", "hi there"), chatml)
     cut = chat(say("hello", "hi there"), chatml, max_length=len(whole.ids) - 2)
@@ -108,6 +116,25 @@ def test_generation_marks_are_followed(fresh):
     assert trained(chat(messages, tokenizer), tokenizer) == ["hi", "yes "]
     row = {"prompt": messages[:3], "completion": messages[3:]}
     assert trained(data.completion_example(row, tokenizer), tokenizer) == [f"yes {END}"]  # a completion always ends
+
+
+def test_a_completion_trains_all_after_the_generation_prompt(fresh):
+    template = MARKED.replace(
+        "{% generation %}", "> {% generation %}"
+    )  # the prompt ends before what the marks leave out
+    tokenizer = with_template(fresh, template)
+    example = data.completion_example({"prompt": say("a"), "completion": "b"}, tokenizer)
+    assert trained(example, tokenizer) == [f"> b{END}"]
+
+
+def test_only_the_token_that_ends_answers_is_trained(fresh):
+    tokenizer = with_template(
+        fresh,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    assert trained(chat(say("a", "b", "c", "d"), tokenizer), tokenizer) == ["b", f"d{END}"]
 
 
 def test_stripped_contents(fresh):

@@ -70,6 +70,7 @@ def test_completion_is_what_tokenising_once_gives(plain):
         ("Question: how", " many apples"),
         ("The answer: ", "42 apples"),
         ("The ans", "wer: 42"),
+        ("Once up", "on a time"),
         ("a", "b"),
         ("", "hi"),
         ("\n\n", "\n x"),

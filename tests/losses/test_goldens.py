@@ -1,6 +1,9 @@
 """What holds for every function of the mathematics: goldens, gradients, jit, precision, masks."""
 
+import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,16 +74,21 @@ def test_golden(golden: Golden):
     assert matches(result, golden), arrays(result)
 
 
+@functools.cache
+def compiled(golden_id: str) -> Callable[..., Any]:
+    """A golden's result, a scalar of it and its gradients, under jit: one compilation for the tests that share it."""
+    golden = next(g for g in GOLDENS if g.id == golden_id)
+    return jax.jit(with_gradients(lookup(golden), golden.gradient))
+
+
 @each_golden
 def test_under_jit_in_float64_and_the_gradient_is_that_of_finite_differences(golden: Golden):
     with jax.enable_x64(True):
-        args = golden.arrays(np.float64)
-        # one compilation gives the result, a scalar of it, and the gradients; a stopped gradient has its own test
-        function = jax.jit(with_gradients(lookup(golden), golden.gradient))
+        args, function = golden.arrays(np.float64), compiled(golden.id)
         result, _, gradients = function(*args)
         assert all(part.dtype == np.float64 for part in arrays(result))
         assert matches(result, golden, atol=1e-6)
-        for position, gradient in zip(golden.gradient, gradients, strict=True):
+        for position, gradient in zip(golden.gradient, gradients, strict=True):  # a stopped gradient has its own test
             expected = numerical_gradient(lambda *a: function(*a)[1], args, position)
             np.testing.assert_allclose(gradient, expected, atol=1e-7, rtol=1e-6)
 
@@ -93,27 +101,26 @@ def test_bfloat16_in_float32_out(golden: Golden):
 
 
 @pytest.mark.parametrize("golden", MASKED, ids=lambda golden: golden.id)
-def test_trap_09_garbage_where_masked_changes_neither_value_nor_gradient(golden: Golden):
-    clean = golden.arrays()
-    mask = next(a for a in clean if a.dtype == bool)
-    positions = tuple(i for i in golden.gradient if clean[i].shape == mask.shape)
-    function = jax.jit(with_gradients(lookup(golden), positions))
-    _, _, wanted = function(*clean)
-    for garbage in (1e6, np.inf, -np.inf, np.nan):
-        dirty = [np.where(mask, a, np.float32(garbage)) if a.shape == mask.shape else a for a in clean]
-        dirty = [mask if a.dtype == bool else d for a, d in zip(clean, dirty, strict=True)]
+@pytest.mark.parametrize("garbage", [1e6, np.inf, -np.inf, np.nan])
+def test_trap_09_garbage_where_masked_changes_neither_value_nor_gradient(golden: Golden, garbage: float):
+    with jax.enable_x64(True):
+        clean, function = golden.arrays(np.float64), compiled(golden.id)
+        mask = next(a for a in clean if a.dtype == bool)
+        dirty = [np.where(mask, a, garbage) if a.shape == mask.shape and a is not mask else a for a in clean]
         result, _, gradients = function(*dirty)
         assert matches(result, golden)
-        np.testing.assert_array_equal(gradients, wanted)
-        assert not any(np.any(np.asarray(g)[~mask]) for g in gradients)
+        for gradient, wanted in zip(gradients, function(*clean)[2], strict=True):
+            np.testing.assert_array_equal(gradient, wanted)
+            assert gradient.shape != mask.shape or not np.any(np.asarray(gradient)[~mask])
 
 
 @pytest.mark.parametrize("golden", MASKED, ids=lambda golden: golden.id)
 def test_all_masked_is_zero_in_value_and_gradient(golden: Golden):
-    args = [np.zeros_like(a) if a.dtype == bool else np.full_like(a, np.nan) for a in golden.arrays()]
-    result, _, gradients = jax.jit(with_gradients(lookup(golden), golden.gradient))(*args)
-    values = [result.total, result.value()] if isinstance(result, Mean) else arrays(result)
-    assert not any(np.any(np.asarray(x)) for x in [*values, *gradients])
+    with jax.enable_x64(True):
+        args = [np.zeros_like(a) if a.dtype == bool else np.full_like(a, np.nan) for a in golden.arrays(np.float64)]
+        result, _, gradients = compiled(golden.id)(*args)
+        values = [result.total, result.value()] if isinstance(result, Mean) else arrays(result)
+        assert not any(np.any(np.asarray(x)) for x in [*values, *gradients])
 
 
 @each_function

@@ -1,4 +1,4 @@
-"""Logits equal those of transformers (torch, float32), for every family: plain, left-padded, packed, with a KV cache."""
+"""Logits equal those of transformers (torch, float32), for every family: plain, left-padded, packed, cached."""
 
 import dataclasses
 import functools

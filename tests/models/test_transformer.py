@@ -188,8 +188,8 @@ def test_pads_have_no_gradient(name):
 
 
 def test_how_it_runs_does_not_change_what_it_is():
-    """Scan, unrolled, partly unrolled, remat by name: equal loss and gradient. bfloat16: equal to its rounding."""
-    config, params = VARIANTS["gemma"], build(VARIANTS["gemma"]).init(jax.random.key(0))
+    """Scan, unrolled, remat by name: equal loss and gradient. bfloat16: equal to its rounding."""
+    config, params = VARIANTS["gemma"], jax.tree.map(lambda leaf: leaf / 10, make("gemma")[1])
     ids, segments = PADDED
 
     def run(**how):
@@ -203,7 +203,7 @@ def test_how_it_runs_does_not_change_what_it_is():
         return jax.jit(jax.value_and_grad(loss))(params)
 
     value, gradient = run()
-    for how in ({"unroll": 2}, {"unroll": 2, "remat": "full"}, {"remat": "dots"}):
+    for how in ({"unroll": 2, "remat": "full"}, {"remat": "dots"}):
         other, other_gradient = run(**how)
         np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=str(how))
         jax.tree.map(
@@ -322,6 +322,21 @@ def test_initial_params():
     assert not params["final_norm"]["scale"].any()  # the gain is 1 + scale
     first, second = params["layers"]["mlp"]["up"]["kernel"]
     assert jnp.any(first != second)
+
+
+def test_seeds_can_be_vmapped():
+    """Many small models at once, gradients included, as one batched program."""
+    model, params, _ = make("llama")
+    ids, segments = batch(row(A, 1), row(B, 2))
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), params)
+
+    def loss(params):
+        cache = model.apply(params, ids[:, :3], segments[:, :3], cache=init_cache(LLAMA, 2, 6)).cache
+        return model.apply(params, ids[:, 3:], segments[:, 3:], cache=cache).hidden[0, 1].sum()
+
+    losses, gradients = jax.jit(jax.vmap(jax.value_and_grad(loss)))(many)
+    np.testing.assert_allclose(losses[0], jax.jit(loss)(params), rtol=1e-4)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
 def test_equal_configs_compile_once():

@@ -1,0 +1,287 @@
+"""The offline program end to end on a real tiny checkpoint: every kind of experiment learns, resumes and exports."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from rljax import artefacts, cli, data, losses, offline, sharding, tracking, train
+from rljax.models import hf
+
+ROOT = pathlib.Path(__file__).parent.parent
+WORDS = "cat dog tree house ball bird car hat fish boat".split()
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("RLJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> str:
+    """Happy endings are preferred to sad ones: learnable in a few steps."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(60):
+        name, thing = rng.choice(["Tom", "Lily", "Ben"]), rng.choice(WORDS)
+        rows.append(
+            {
+                "prompt": f"Once there was a {thing}. {name} saw the {thing}.",
+                "chosen": f" {name} was very happy.",
+                "rejected": f" {name} was very sad.",
+            }
+        )
+    return str(data.write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows))
+
+
+def common(stories, tmp_path, **changes):
+    settings = {
+        "model": str(stories),
+        "steps": 6,
+        "batch": 4,
+        "max_prompt": 32,
+        "max_completion": 16,
+        "learning_rate": 1e-3,
+        "eval_every": 3,
+        "save_every": 2,
+        "samples": 2,
+        "sample_tokens": 4,
+        "mesh": functools.partial(sharding.make_mesh, fsdp=1),
+        "schedule": train.constant,
+        "out": str(tmp_path),
+        "name": "run",
+        "unroll": 1,
+    }
+    return settings | changes
+
+
+def last(folder, name):
+    return next(row[name] for row in reversed(tracking.read_rows(folder / "metrics.jsonl")) if name in row)
+
+
+def first(folder, name):
+    return next(row[name] for row in tracking.read_rows(folder / "metrics.jsonl") if name in row)
+
+
+def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path, pairs):
+    experiment = offline.Preference(
+        loss=functools.partial(losses.dpo_loss, beta=0.1),
+        data=pairs,
+        best="eval/loss",
+        best_mode="min",
+        **common(stories, tmp_path),
+    )
+    assert offline.run(experiment) == 0
+    run = tmp_path / "run"
+    assert first(run, "eval/loss") == pytest.approx(np.log(2), abs=1e-3)
+    assert last(run, "eval/loss") < 0.6
+    assert last(run, "eval/rewards/accuracies") > 0.9
+    assert {"report.md", "experiment.json", "manifest.json", "samples.jsonl", "tensorboard"} <= set(os.listdir(run))
+
+    step = artefacts.export(run, tmp_path / "exported")
+    assert step == 6
+    model, params = hf.load(tmp_path / "exported", dtype="float32")
+    _, before = hf.load(stories)
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), params, before)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    assert model.config.vocab_size == 512
+    rows = artefacts.sample(str(run), ["Once upon a time"], chat=False, max_new_tokens=5, temperature=0.0)
+    assert rows[0]["completion"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (functools.partial(losses.ipo_loss, beta=0.1), {"average": True}),
+        (functools.partial(losses.simpo_loss, beta=2.0, gamma=0.5), {"average": True, "reference": False}),
+        (functools.partial(losses.orpo_loss, beta=0.1), {"average": True, "reference": False, "nll_weight": 1.0}),
+        (
+            functools.partial(losses.cpo_loss, beta=0.1),
+            {"reference": False, "nll_weight": 1.0, "nll_average": False},
+        ),
+        (functools.partial(losses.dpo_loss, beta=0.1), {"nll_weight": 1.0, "cache_reference": False}),
+    ],
+    ids=["ipo", "simpo", "orpo", "cpo", "rpo"],
+)
+def test_every_kind_of_preference_loss_learns(stories, tmp_path, pairs, loss, settings):
+    experiment = offline.Preference(loss=loss, data=pairs, **common(stories, tmp_path, samples=0), **settings)
+    assert offline.run(experiment) == 0
+    assert last(tmp_path / "run", "eval/loss") < first(tmp_path / "run", "eval/loss")
+    assert last(tmp_path / "run", "eval/rewards/margins") > first(tmp_path / "run", "eval/rewards/margins")
+
+
+def test_a_cached_reference_and_one_on_the_fly_are_the_same(stories, tmp_path, pairs):
+    """Same losses to rounding, and the file on disk is used the second time."""
+    finals = []
+    for cached in (True, False):
+        settings = common(stories, tmp_path, samples=0, name=f"run{cached}", steps=3)
+        experiment = offline.Preference(
+            loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, cache_reference=cached, **settings
+        )
+        offline.run(experiment)
+        finals.append(last(tmp_path / f"run{cached}", "loss"))
+    assert finals[0] == pytest.approx(finals[1], rel=1e-3)
+    assert len(list((pathlib.Path(os.environ["RLJAX_CACHE"]) / "reference").glob("*.npy"))) >= 2
+
+
+def test_kto_on_pairs_taken_apart(stories, tmp_path, pairs):
+    experiment = offline.Unpaired(data=pairs, **common(stories, tmp_path))
+    assert offline.run(experiment) == 0
+    run = tmp_path / "run"
+    assert first(run, "eval/loss") == pytest.approx(0.5, abs=1e-3)  # z0 = 0 and log-ratio 0: 1 − σ(0)
+    assert last(run, "eval/loss") < 0.5
+    assert last(run, "eval/rewards/chosen") > last(run, "eval/rewards/rejected")
+
+
+@pytest.mark.parametrize("loss", [losses.bradley_terry_loss, losses.best_of_k_loss], ids=["pairwise", "best_of_k"])
+def test_reward_model_learns_and_is_normalised(stories, tmp_path, pairs, loss):
+    experiment = offline.RewardModel(loss=loss, data=pairs, normalize=8, **common(stories, tmp_path))
+    assert offline.run(experiment) == 0
+    run = tmp_path / "run"
+    assert last(run, "eval/accuracy") > 0.9
+    artefacts.export(run, tmp_path / "exported")
+    model, params = hf.load_reward(tmp_path / "exported")
+    assert params["head"]["kernel"].shape == (model.config.hidden_size,)
+    with pytest.raises(ValueError, match="reward model"):
+        artefacts.sample(str(run), ["Hello"], chat=False, max_new_tokens=4)
+
+
+def test_best_of_four(stories, tmp_path):
+    rows = [
+        {"prompt": f"The {w}", "completions": [f" is {k}." for k in ("sad", "happy", "old", "wet")], "best": 1}
+        for w in WORDS * 4
+    ]
+    path = data.write_jsonl(tmp_path / "rows.jsonl", rows)
+    settings = common(stories, tmp_path)
+    assert offline.run(offline.RewardModel(loss=losses.best_of_k_loss, data=str(path), **settings)) == 0
+    assert last(tmp_path / "run", "eval/accuracy") > 0.9
+    with pytest.raises(ValueError, match="best_of_k_loss"):
+        offline.run(offline.RewardModel(data=str(path), **settings | {"name": "pairwise"}))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_learns(stories, tmp_path, packing):
+    rows = [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS]
+    path = data.write_jsonl(tmp_path / "texts.jsonl", rows)
+    settings = common(stories, tmp_path, optimizer=functools.partial(optax.adamw, weight_decay=0.01))
+    assert offline.run(offline.SFT(data=str(path), packing=packing, **settings)) == 0
+    assert last(tmp_path / "run", "eval/loss") < 0.7 * first(tmp_path / "run", "eval/loss")
+
+
+def test_early_stopping_keeps_the_best(stories, tmp_path, pairs):
+    """A rate that only makes things worse: the run ends after `patience` evaluations and the best is the first."""
+    settings = common(stories, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
+    experiment = offline.SFT(
+        data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings
+    )
+    assert offline.run(experiment) == 0
+    steps = [row["step"] for row in tracking.read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert max(steps) < 10
+
+
+def _sft_rows(tmp_path, pairs) -> str:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in data.read(pairs)]
+    return str(data.write_jsonl(tmp_path / "sft.jsonl", rows))
+
+
+def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(stories, tmp_path, pairs):
+    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), **common(stories, tmp_path, steps=2))
+    offline.run(experiment)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert offline.run(experiment) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.1"):
+        offline.run(dataclasses.replace(experiment, learning_rate=0.1))
+
+
+def test_losses_do_not_depend_on_the_mesh(stories, tmp_path, pairs):
+    finals = {}
+    for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        settings = common(stories, tmp_path, samples=0, steps=2, name=str(len(axes)))
+        settings["mesh"] = functools.partial(sharding.make_mesh, **axes)
+        experiment = offline.Preference(loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, **settings)
+        offline.run(experiment)
+        finals[len(axes)] = tracking.read_rows(tmp_path / str(len(axes)) / "metrics.jsonl")
+    for one, many in zip(finals[1], finals[3], strict=True):
+        assert one.keys() == many.keys()
+        one.pop("eval/rewards/accuracies"), many.pop("eval/rewards/accuracies")  # at step 0 all pairs tie, but for rounding
+        one.pop("rewards/accuracies", 0), many.pop("rewards/accuracies", 0)
+        np.testing.assert_allclose([one[k] for k in one], [many[k] for k in one], rtol=2e-3, atol=2e-3)
+
+
+# --- a real process ---------------------------------------------------------------------------------------------------
+
+FILE = """
+import functools
+from rljax import cli, losses, offline, train
+
+experiment = offline.Preference(
+    loss=functools.partial(losses.dpo_loss, beta=0.1), model={model!r}, data={data!r}, steps=40, batch=4,
+    max_prompt=32, max_completion=16, learning_rate=1e-3, eval_every=7, save_every=5, samples=1, sample_tokens=4,
+    out={out!r}, unroll=1,
+)
+if __name__ == "__main__":
+    cli.run_file(__file__)
+"""
+
+
+def start(file: pathlib.Path, *options: str) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    command = [sys.executable, str(file), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_record(run: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    """Until the run has written the metrics of `step`."""
+    deadline = time.monotonic() + 300
+    while not any(row["step"] >= step for row in tracking.read_rows(run / "metrics.jsonl")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+def state_bits(run: pathlib.Path) -> dict[str, object]:
+    """The checksums of all leaves of the last checkpoint, parameters and optimizer state."""
+    step = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdecimal())
+    record = json.loads((run / "checkpoints" / str(step) / "rljax" / "metadata").read_text())
+    return {"step": step, **record["leaves"]}
+
+
+@pytest.mark.slow
+def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(stories, tmp_path, pairs):
+    file = tmp_path / "experiment.py"
+    file.write_text(FILE.format(model=str(stories), data=pairs, out=str(tmp_path)))
+    whole = start(file, "--name", "whole")
+    output, _ = whole.communicate(timeout=550)
+    assert whole.returncode == 0, output
+
+    run = tmp_path / "killed"
+    for step, how in ((random.randrange(6, 15), signal.SIGKILL), (random.randrange(18, 30), signal.SIGTERM)):
+        process = start(file, "--name", "killed")
+        wait_for_record(run, step, process)
+        time.sleep(random.random() * 0.05)
+        process.send_signal(how)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM), output
+    last = start(file, "--name", "killed")
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output
+    assert "resumed at step" in output
+
+    assert state_bits(run) == state_bits(tmp_path / "whole")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert cli.main(["report", str(run)]) == 0
