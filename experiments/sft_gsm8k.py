@@ -10,7 +10,10 @@ from rljax import data, offline
 
 def questions(policy, key, *, path: str = "gsm8k/train.jsonl.gz") -> list[dict]:
     """GSM8K's rows as prompts with completions."""
-    return [{"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"} for row in data.read(path)]
+    return [
+        {"prompt": f"Question: {row['question']}\nAnswer:", "completion": f" {row['answer']}"}
+        for row in data.read(path)
+    ]
 
 
 experiment = offline.SFT(

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from rljax import data, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
 from rljax.checkpoint import Checkpoints
@@ -94,8 +95,8 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     0, or 128 + the signal's number when Ctrl-C or SIGTERM ended the run (saved, to be resumed by the same command).
     """
     program.check_settings(experiment)
-    folder = program.run_folder(experiment, file)
-    with tracking.lock(folder), tracking.graceful_stop() as stop:
+    folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
+    with tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         tracking.write_manifest(
             folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
         )
@@ -108,7 +109,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
             ) as checkpoints,
             _tracker(experiment, folder, checkpoints.latest()) as tracker,
         ):
-            setup = set_up(experiment, folder, tracker)
+            setup = set_up(experiment, mesh, folder, tracker)
             state, progress = _begin(experiment, setup, checkpoints, tracker)
             _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
     if stop.requested is not None:
@@ -121,18 +122,18 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
 def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     """Only what a run does before its first step: set everything up, check it, say what was found."""
     program.check_settings(experiment)
-    folder = program.run_folder(experiment, file)
+    folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with (
         tracking.lock(folder),
+        jax.set_mesh(mesh),
         tracking.Tracker(folder / "selfcheck", total_steps=experiment.steps, tensorboard=False) as tracker,
     ):
-        setup = set_up(experiment, folder, tracker)
+        setup = set_up(experiment, mesh, folder, tracker)
         return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
 
 
-def set_up(experiment: Run, folder: pathlib.Path, tracker: tracking.Tracker) -> Setup:
-    """Mesh, policy, data, state on its shardings, compiled functions: in this order, each needing the one before."""
-    mesh = program.make_mesh(experiment)
+def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker) -> Setup:
+    """Policy, data, state on its shardings, compiled functions: in this order, each needing the one before."""
     with tracker.phase(f"loading {experiment.model}"):
         start = program.load_policy(experiment, mesh)
     rows = _rows(experiment, start, folder, tracker)

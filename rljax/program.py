@@ -43,8 +43,8 @@ class Run:
 
     dtype: str = "float32"  # of the parameters and optimizer moments
     compute_dtype: str | None = None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
-    remat: str = "none"  # none | dots | full: what the backward pass computes again instead of keeping
-    unroll: int | None = None  # layers per step of the scan over layers; None: what suits the device
+    remat: str = "dots"  # none | dots | full: what the backward pass computes again instead of keeping
+    unroll: int = 1  # layers per step of the scan over layers: more compile slower, and run a little faster if shallow
     mesh: Callable[..., Mesh] = sharding.make_mesh
 
     name: str | None = None  # the run's folder; None: the file's name
@@ -109,7 +109,7 @@ def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
         loaded.model.config,
         compute_dtype=run.compute_dtype or ("bfloat16" if accelerated else "float32"),
         remat=run.remat,
-        unroll=run.unroll or (1 if accelerated else loaded.model.config.num_layers),
+        unroll=run.unroll,
     )
     longest = run.max_prompt + run.max_completion
     if config.learned_positions and longest > config.max_positions:

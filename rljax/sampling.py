@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import ops
-from rljax.models import init_cache
+from rljax.models import init_cache, unstack
 from rljax.models.heads import last_token
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
@@ -42,6 +42,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if jax.default_backend() == "cpu":
+        params = unstack(params)  # else XLA copies each layer's slice at every token; on accelerators memory is dearer
     segment = jnp.max(prompts.segments, axis=1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(segment.size))
     draw = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)

@@ -61,9 +61,7 @@ def test_entropy_in_the_same_pass():
 def test_padding_contents_and_companions_do_not_matter():
     tokens = tiny.tokens(rows=4)
     expected = chunked(tiny.params(), tokens)
-    garbage = Tokens(
-        ids=jnp.where(tokens.segments > 0, tokens.ids, 60), segments=tokens.segments, mask=tokens.mask
-    )
+    garbage = Tokens(ids=jnp.where(tokens.segments > 0, tokens.ids, 60), segments=tokens.segments, mask=tokens.mask)
     np.testing.assert_array_equal(chunked(tiny.params(), garbage), expected)
     alone = jax.tree.map(lambda x: x[2:3], tokens)
     np.testing.assert_allclose(chunked(tiny.params(), alone), expected[2:3], atol=1e-5)

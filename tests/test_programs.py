@@ -61,7 +61,6 @@ def common(stories, tmp_path, **changes):
         "schedule": train.constant,
         "out": str(tmp_path),
         "name": "run",
-        "unroll": 1,
     }
     return settings | changes
 
@@ -182,9 +181,7 @@ def test_sft_learns(stories, tmp_path, packing):
 def test_early_stopping_keeps_the_best(stories, tmp_path, pairs):
     """A rate that only makes things worse: the run ends after `patience` evaluations and the best is the first."""
     settings = common(stories, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
-    experiment = offline.SFT(
-        data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings
-    )
+    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings)
     assert offline.run(experiment) == 0
     steps = [row["step"] for row in tracking.read_rows(tmp_path / "run" / "metrics.jsonl")]
     assert max(steps) < 10
@@ -215,7 +212,10 @@ def test_losses_do_not_depend_on_the_mesh(stories, tmp_path, pairs):
         finals[len(axes)] = tracking.read_rows(tmp_path / str(len(axes)) / "metrics.jsonl")
     for one, many in zip(finals[1], finals[3], strict=True):
         assert one.keys() == many.keys()
-        one.pop("eval/rewards/accuracies"), many.pop("eval/rewards/accuracies")  # at step 0 all pairs tie, but for rounding
+        (
+            one.pop("eval/rewards/accuracies"),
+            many.pop("eval/rewards/accuracies"),
+        )  # at step 0 all pairs tie, but for rounding
         one.pop("rewards/accuracies", 0), many.pop("rewards/accuracies", 0)
         np.testing.assert_allclose([one[k] for k in one], [many[k] for k in one], rtol=2e-3, atol=2e-3)
 
@@ -229,7 +229,7 @@ from rljax import cli, losses, offline, train
 experiment = offline.Preference(
     loss=functools.partial(losses.dpo_loss, beta=0.1), model={model!r}, data={data!r}, steps=40, batch=4,
     max_prompt=32, max_completion=16, learning_rate=1e-3, eval_every=7, save_every=5, samples=1, sample_tokens=4,
-    out={out!r}, unroll=1,
+    out={out!r},
 )
 if __name__ == "__main__":
     cli.run_file(__file__)

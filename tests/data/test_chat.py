@@ -162,6 +162,12 @@ def test_templates_that_rewrite_contents(fresh):
     thought = "<think>\nwell\n</think>\n\nyes"
     # Nothing to rewrite: all that generation has to write after the prompt.
     assert trained(chat(say("a", "b", "c", "d"), tokenizer), tokenizer) == [f"b{END}", f"<think>\n\n</think>\n\nd{END}"]
+    # Contents that the template strips, and contents that look like our placeholders.
+    assert trained(chat(say("a", "\nb", "c", "\nd"), tokenizer), tokenizer) == [
+        f"b{END}",
+        f"<think>\n\n</think>\n\nd{END}",
+    ]
+    assert trained(chat(say("RLJAX1TURN", "b", "RLJAX3TURN", "d"), tokenizer), tokenizer)[0] == f"b{END}"
     # Only the last answer may have thoughts.
     assert trained(chat(say("a", thought), tokenizer), tokenizer) == [f"{thought}{END}"]
     row = {"prompt": say("a", "b", "c"), "completion": thought}

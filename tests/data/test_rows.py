@@ -65,6 +65,7 @@ def test_fingerprint_sees_all_content_and_only_content():
         base[:1],
     ]
     assert len({data.fingerprint(other) for other in [base, *others]}) == len(others) + 1
+    assert data.fingerprint([{"a": {"b": 1, "c": 2}}]) != data.fingerprint([{"a": {"b": 1}, "c": 2}])
     ids = np.arange(3, dtype=np.int32)
     first = data.Example(ids, np.array([False, True, True]), 1)
     assert data.fingerprint([first]) == data.fingerprint([data.Example(ids.copy(), first.mask.copy(), 1)])

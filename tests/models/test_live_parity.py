@@ -1,4 +1,4 @@
-"""Parity with the transformers (torch) that is installed: random models of every family, both ways, and real checkpoints."""
+"""Parity with the installed transformers (torch): random models of every family, both ways, and real checkpoints."""
 
 import dataclasses
 
@@ -55,9 +55,7 @@ MORE = {
     "Olmo2ForCausalLM": [{"attention_bias": True, "num_key_value_heads": 4}, {"tie_word_embeddings": True}],
 }
 VARIANTS = [(name, settings) for name, many in MORE.items() for settings in many]
-VARIANTS += [
-    (name, {**settings, "num_hidden_layers": 2}) for name, settings in CASES.values() if "text_config" not in settings
-]
+VARIANTS += [(name, settings) for name, settings in CASES.values() if "text_config" not in settings]
 
 
 def ours(model, params, ids):
@@ -82,8 +80,6 @@ def reopen(folder, cls=transformers.AutoModelForCausalLM):
 def test_random_models(seed, variant, tmp_path):
     """There: theirs in ours. Back: ours, trained a little, in theirs."""
     architecture, settings = variant
-    if "layer_types" in settings:
-        settings = {**settings, "num_hidden_layers": len(settings["layer_types"])}
     theirs = random_model(architecture, settings, seed + 100)
     theirs.save_pretrained(tmp_path / "theirs")
     ids = text(seed)
@@ -116,9 +112,7 @@ def test_half_precision_checkpoints(architecture, dtype, tmp_path):
 def test_models_without_source_open_too(tmp_path):
     """A config.json of our own making means to transformers what the model means to us."""
     for seed, (architecture, settings) in enumerate(VARIANTS[::3]):
-        random_model(architecture, {**settings, "num_hidden_layers": 2}, seed).save_pretrained(
-            tmp_path / f"theirs{seed}"
-        )
+        random_model(architecture, settings, seed).save_pretrained(tmp_path / f"theirs{seed}")
         model, params = hf.load(tmp_path / f"theirs{seed}", dtype="float32")
         bare = model._replace(config=dataclasses.replace(model.config, source=""))
         hf.save(tmp_path / f"ours{seed}", bare, params)
@@ -148,25 +142,26 @@ def test_reward_models(architecture, tmp_path):
     np.testing.assert_allclose(np.asarray(scores), want + 0.7, atol=TOLERANCE, rtol=0)
 
 
-def check_real(folder, prompts):
-    theirs, (model, params) = reopen(folder), hf.load(folder, dtype="float32")
-    for prompt in prompts:
-        ids = np.asarray([load_tokenizer(folder)(prompt)["input_ids"]])
-        np.testing.assert_allclose(ours(model, params, ids), logits_of(theirs, ids), atol=TOLERANCE, rtol=0)
-
-
 PROMPTS = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park with her friends.",
     "One day, Tom and his mom went to the store. Tom saw a big red ball, and he said,",
 ]
 
 
+def distance(folder, dtype):
+    """The largest difference to transformers, which computes in the given torch dtype."""
+    theirs, (model, params) = reopen(folder).to(dtype), hf.load(folder, dtype="float32")
+    texts = [np.asarray([load_tokenizer(folder)(prompt)["input_ids"]]) for prompt in PROMPTS]
+    return max(np.abs(ours(model, params, ids) - logits_of(theirs, ids)).max() for ids in texts)
+
+
 def test_stories260k(stories):
-    check_real(stories, PROMPTS)
+    assert distance(stories, torch.float32) <= TOLERANCE
 
 
 def test_smollm2():
+    """Against float64: the first token's activations are so large that float32 torch itself is 1.2e-4 away from it."""
     folder = cache_folder() / "HuggingFaceTB--SmolLM2-135M-Instruct"
     if not folder.is_dir():
         pytest.skip('needs rljax.models.resolve("smollm2-135m-instruct") to have run once')
-    check_real(folder, PROMPTS)
+    assert distance(folder, torch.float64) <= 3 * TOLERANCE

@@ -1,0 +1,40 @@
+"""Two real steps of every experiment file, on a real tiny checkpoint and a handful of rows in the format that it reads."""
+
+import pathlib
+
+import pytest
+
+from rljax import cli, tracking
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+TINY = ["--steps", "2", "--batch", "4", "--samples", "2", "--sample_tokens", "4", "--mesh.fsdp", "1"]
+
+OPTIONS = {
+    "dpo_sentiment": ["--data.openings", "16"],
+    "simpo": ["--data", "{shared}/data/hh_rlhf/harmless-base-test.jsonl.gz"],
+    "sft_sentences": ["--data", "{shared}/data/sentence_polarity/sentences.jsonl"],
+    "sft_gsm8k": ["--data.path", "{shared}/data/gsm8k/test.jsonl"],
+    "reward_model_hh": ["--data", "{shared}/data/hh_rlhf/harmless-base-test.jsonl.gz", "--normalize", "4"],
+}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_two_steps(name, stories, shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
+    options = [option.format(shared=shared) for option in OPTIONS[name]]
+    if name in ("simpo", "reward_model_hh"):
+        options += ["--eval_rows", "4"]
+    if name == "reward_model_hh":
+        options += ["--max_prompt", "48", "--max_completion", "16"]
+    if "warmup=10" in (EXPERIMENTS / f"{name}.py").read_text():
+        options += ["--schedule.warmup", "0"]
+    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(stories), "--out", str(tmp_path), *TINY, *options]
+    assert cli.main(argv) == 0
+    records = tracking.read_rows(tmp_path / name / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert all(record["loss"] is not None for record in records[1:])
+
+
+def test_every_experiment_with_an_experiment_is_smoked():
+    files = {path.stem for path in EXPERIMENTS.glob("*.py") if "\nexperiment = " in path.read_text()}
+    assert files == set(OPTIONS)

@@ -1,0 +1,95 @@
+"""The command line: every field an option, every function's keyword too, everything else an error in one paragraph."""
+
+import dataclasses
+import functools
+
+import pytest
+
+from rljax import cli, losses, offline, program, sharding
+
+DPO = offline.Preference(model="m", data="d.jsonl", loss=functools.partial(losses.dpo_loss, beta=0.1))
+
+
+def test_fields_and_keyword_arguments_are_options():
+    changed = cli.with_options(
+        DPO, "--steps 7 --loss.beta 0.5 --mesh.tensor 2 --schedule.warmup 3 --optimizer.b2 0.9 --average".split()
+    )
+    assert (changed.steps, changed.average) == (7, True)
+    assert changed.loss.keywords["beta"] == 0.5
+    assert changed.loss.func is losses.dpo_loss
+    assert changed.mesh.keywords["tensor"] == 2
+    assert changed.mesh.func is sharding.make_mesh
+    assert changed.schedule.keywords["warmup"] == 3
+    assert changed.optimizer.keywords["b2"] == 0.9
+    assert cli.with_options(DPO, []) == DPO
+
+
+def test_a_whole_number_default_may_become_a_fraction_and_zero_stays_zero():
+    """TRAPS 7."""
+    whole = dataclasses.replace(DPO, loss=functools.partial(losses.dpo_loss, beta=1))
+    assert cli.with_options(whole, ["--loss.beta", "0.5"]).loss.keywords["beta"] == 0.5
+    assert cli.with_options(whole, ["--loss.beta", "0.0"]).loss.keywords["beta"] == 0.0
+    assert cli.with_options(DPO, ["--learning_rate", "0.0", "--clip_norm", "None"]).learning_rate == 0.0
+
+
+@pytest.mark.parametrize("option", ["--stepz", "--loss.betta", "--loss.delta", "--optimizer.beta2"])
+def test_unknown_options_are_errors(option, capsys):
+    with pytest.raises(SystemExit) as error:
+        cli.with_options(DPO, [option, "1"])
+    assert error.value.code == 2
+    assert option.lstrip("-").split(".")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch": 6, "microbatches": 4}, "cannot be cut into microbatches=4"),
+        ({"best_mode": "up"}, "best_mode must be"),
+        ({"patience": 3}, "patience needs to know"),
+        ({"remat": "all"}, "remat must be"),
+        ({"learning_rate": -1.0}, "must not be negative"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        program.check_settings(dataclasses.replace(DPO, **change))
+
+
+def test_a_batch_that_does_not_fit_the_mesh_is_refused():
+    with pytest.raises(ValueError, match=r"batch=6 .* cannot be spread over data×fsdp=8"):
+        program.make_mesh(dataclasses.replace(DPO, batch=6))
+
+
+def test_input_errors_are_one_paragraph(tmp_path, capsys):
+    empty = tmp_path / "empty.py"
+    empty.write_text("x = 1\n")
+    cases = {
+        (): "usage",
+        ("fly",): "no command 'fly'",
+        ("run",): "name the experiment file",
+        ("run", str(tmp_path / "missing.py")): "there is no experiment file",
+        ("run", str(empty)): "defines neither `experiment`",
+        ("export", str(tmp_path), "x"): "not the folder of a run",
+        ("report", str(tmp_path / "nothing")): "no run at",
+    }
+    for argv, message in cases.items():
+        assert cli.main(argv) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    assert cli.main(["--help"]) == 0
+
+
+def test_a_file_with_main_is_called(tmp_path, capsys):
+    file = tmp_path / "hello.py"
+    file.write_text("def main(*, times: int = 1) -> int:\n    print('hello ' * times)\n    return 3\n")
+    assert cli.main(["run", str(file), "--times", "2"]) == 3
+    assert capsys.readouterr().out.strip() == "hello hello"
+
+
+def test_describe_is_json_with_functions_by_name():
+    described = program.describe(DPO)
+    assert described["kind"] == "Preference"
+    assert described["loss"] == {"function": "rljax.losses.preference.dpo_loss", "beta": 0.1}
+    assert described["mesh"] == {"function": "rljax.sharding.make_mesh"}

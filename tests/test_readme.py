@@ -1,0 +1,45 @@
+"""What the README says is run: its Python snippets, its experiment, its commands."""
+
+import pathlib
+import re
+
+import jax.numpy as jnp
+import pytest
+
+from rljax import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_snippet_is_the_simpo_experiment():
+    code = (ROOT / "experiments" / "simpo.py").read_text()
+    assert SNIPPETS[0].strip() == code.split('"""\n', 1)[1].strip()
+    assert len(code.splitlines()) < 40
+
+
+def test_snippets_run_and_print_what_they_say(capsys):
+    space = {}
+    exec(SNIPPETS[1], space)
+    printed = capsys.readouterr().out
+    said = [float(x) for x in re.search(r"# \[(.*?)\]", SNIPPETS[1]).group(1).split()]
+    assert jnp.allclose(jnp.array([float(x) for x in printed.strip(" []\n").split()]), jnp.array(said), atol=1e-3)
+    exec(SNIPPETS[2], {})
+    assert "grad_norm" in capsys.readouterr().out
+
+
+def test_files_and_fields_that_are_named_exist():
+    for path in re.findall(r"(?:experiments|docs|benchmarks|tests)/[\w/.]*\w", README):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"^rljax run (\S+) (.*)$", README, re.MULTILINE):
+        experiment, _ = cli.read_experiment([str(ROOT / command[0]), *command[1].split()], "run")
+        assert experiment.loss.keywords["beta"] == 2.5
+        assert experiment.mesh.keywords["tensor"] == 2
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_every_experiment_can_be_read(path):
+    experiment, _ = cli.read_experiment([str(path)], "run")
+    assert experiment is not None
+    assert "rljax run experiments/" in path.read_text()
