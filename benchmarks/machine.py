@@ -106,9 +106,10 @@ def serve(facts: dict[str, Any], step: Callable[[], Any], peak: Callable[[], flo
 class Worker:
     """The other side of `serve`: `facts`, and a list of what each round found."""
 
-    def __init__(self, command: Sequence[str], cores: int | None = None):
+    def __init__(self, command: Sequence[str], cores: int | None = None, huge_pages: bool = False):
         pinned = ["taskset", "-c", f"0-{cores - 1}", *command] if cores else command
-        self.process = subprocess.Popen(pinned, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        env = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if huge_pages else {})
+        self.process = subprocess.Popen(pinned, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.rounds: list[dict[str, float]] = []
         self.facts = self._read()
 
@@ -133,12 +134,16 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(*commands: Sequence[str], cores: int | None = None) -> Iterator[list[Worker]]:
-    """One worker after the other gets ready (compiles); all of them are ended on leaving. `cores` pins them (Linux)."""
+def workers(*commands: Sequence[str], cores: int | None = None, huge_pages: bool = False) -> Iterator[list[Worker]]:
+    """One worker after the other gets ready (compiles); all of them are ended on leaving.
+
+    cores pins them to so many (Linux); huge_pages has glibc ask for large pages, which a process can only do at birth:
+    XLA on CPU maps its temporaries anew at every step, and their page faults are a quarter of a small model's step.
+    """
     started: list[Worker] = []
     try:
         for command in commands:
-            started.append(Worker(command, cores))
+            started.append(Worker(command, cores, huge_pages))
         yield started
     finally:
         for worker in started:

@@ -185,13 +185,14 @@ def measure(options: argparse.Namespace, update: str, dtype: str) -> None:
     compare = options.against == "trl" and update == "dpo+ref" and dtype == "float32"
     if compare:
         commands.append([options.trl_python, __file__.replace("offline.py", "trl_dpo.py"), *case])
-    with machine.workers(*commands, cores=options.cores) as started:
+    with machine.workers(*commands, cores=options.cores, huge_pages=options.huge_pages) as started:
         machine.take_turns(started, options.rounds)
         ours, *theirs = started
         settings = {
             "remat": options.remat,
             "unroll": options.unroll or "default",
             "cores": options.cores or os.cpu_count(),
+            "huge_pages": options.huge_pages,
         }
         machine.emit(library="rljax", **label, **settings, **figures(options, ours, update), **machine.description())
         for other in theirs:
@@ -209,6 +210,9 @@ def main() -> None:
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--unroll", type=int, default=0, help="layers per step of the scan; 0: as our programs choose")
     parser.add_argument("--cores", type=int, help="pin to so many cores; with 1, cpu_seconds is fair on a busy machine")
+    parser.add_argument(
+        "--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the workers"
+    )
     parser.add_argument("--against", choices=("trl",), help="take turns with TRL on dpo+ref in float32")
     parser.add_argument("--trl-python", default="python", help="an interpreter that has torch and trl")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

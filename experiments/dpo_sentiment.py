@@ -1,8 +1,10 @@
-"""Controlled sentiment, after Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), section 6 and figure 2.
+"""Controlled sentiment, after Direct Preference Optimization (Rafailov et al. 2023, arXiv:2305.18290), section 6 and
+figure 2.
 
-SmolLM2-135M-Instruct continues the openings of movie reviews. Four continuations of each opening are sampled from the model
-and scored by VADER, the ground-truth reward that stands in for the paper's sentiment classifier; the six pairs of each opening
-become preferences, and DPO trains on them. Held-out openings tell whether the reward went up, and at what KL to the reference.
+SmolLM2-135M-Instruct continues the openings of movie reviews. Four continuations of each opening are sampled from the
+model and scored by VADER, the ground-truth reward that stands in for the paper's sentiment classifier; the six pairs
+of each opening become preferences, and DPO trains on them. Held-out openings tell whether the reward went up, and at
+what KL to the reference.
 
     rljax run experiments/dpo_sentiment.py
     rljax run experiments/dpo_sentiment.py --steps 1000 --batch 64 --data.openings 336    # on a GPU or TPU
@@ -35,7 +37,7 @@ def sentiment(texts: list[str]) -> np.ndarray:
 
 
 def sampled_pairs(model: policy.Policy, key: jax.Array, *, openings: int = 112, samples: int = 4) -> list[dict]:
-    """Preference rows: all pairs of an opening's continuations whose sentiment differs, the more positive one chosen."""
+    """Preference rows: pairs of an opening's continuations whose sentiment differs, the more positive one chosen."""
     prompts = [opening for opening in TRAIN[:openings] for _ in range(samples)]
     texts = policy.complete(model, prompts, key, max_new_tokens=TOKENS, batch=BATCH).texts
     scores = sentiment([p + t for p, t in zip(prompts, texts, strict=True)])

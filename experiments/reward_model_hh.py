@@ -2,9 +2,10 @@
 
     rljax run experiments/reward_model_hh.py --model smollm2-135m-instruct --data hh_rlhf/harmless-base-test.jsonl.gz
 
-Rows are pairs of whole dialogues, {"chosen", "rejected"}, or {"prompt", "chosen", "rejected"}; a decoder with a scalar head on
-the last token learns which is better, and its scores are brought to mean 0 and std 1 on texts of the policy, before and after
-(Ziegler et al. 2019, arXiv:1909.08593). `rljax export RUN FOLDER` writes a …ForSequenceClassification checkpoint.
+Rows are pairs of whole dialogues, {"chosen", "rejected"}, or {"prompt", "chosen", "rejected"}; a decoder with a
+scalar head on the last token learns which is better, and its scores are brought to mean 0 and std 1 on texts of the
+policy, before and after (Ziegler et al. 2019, arXiv:1909.08593). `rljax export RUN FOLDER` writes a
+…ForSequenceClassification checkpoint.
 """
 
 import functools

@@ -1,9 +1,10 @@
-"""Supervised fine-tuning on plain text, packed: the first step of the RLHF pipeline (Ouyang et al. 2022, arXiv:2203.02155).
+"""Supervised fine-tuning on plain text, packed: the first step of the RLHF pipeline (Ouyang et al. 2022,
+arXiv:2203.02155).
 
     rljax run experiments/sft_sentences.py --data sentences.jsonl --model smollm2-135m-instruct
 
-`sentences.jsonl` holds {"text"} rows, for instance the 10,662 movie-review sentences of Pang and Lee (2005). Several sentences
-share a row of 128 tokens; attention does not cross them.
+`sentences.jsonl` holds {"text"} rows, for instance the 10,662 movie-review sentences of Pang and Lee (2005). Several
+sentences share a row of 128 tokens; attention does not cross them.
 """
 
 import functools

@@ -56,7 +56,7 @@ def run_file(file: str) -> None:
 
 def run(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "run")
-    return experiment() if callable(experiment) else offline.run(experiment, file)
+    return int(experiment() or 0) if callable(experiment) else offline.run(experiment, file)
 
 
 def selfcheck(argv: Sequence[str]) -> int:

@@ -44,7 +44,7 @@ def token_logps_and_entropy(
     temperature: float = 1.0,
     max_trained: int | None = None,
 ) -> tuple[Array, Array]:
-    """(f32[b t], f32[b t]): log-probability of every trained token and entropy of the distribution it was drawn from."""
+    """(f32[b t], f32[b t]): log-probability of every trained token, entropy of the distribution it was drawn from."""
 
     def both(logits: Array, ids: Array) -> tuple[Array, Array]:
         return ops.aligned_logps(logits, ids), ops.aligned_entropy(logits)

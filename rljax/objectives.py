@@ -93,10 +93,10 @@ def preference(
             nll = -reduce(jnp.split(logps, 2)[0], batch.chosen.mask)
             values = values + nll_weight * nll
             metrics["nll_loss"] = ops.masked_mean(nll, real)
-        rewards = [scale * (x - r) if reference else scale * x for x, r in zip((chosen, rejected), ref, strict=True)]
+        better, worse = (scale * (x - r) if reference else scale * x for x, r in ((chosen, ref[0]), (rejected, ref[1])))
         return ops.masked_mean(values, real), {
             **metrics,
-            **_reward_metrics(*rewards, real),
+            **_reward_metrics(better, worse, real),
             "logps/chosen": ops.masked_mean(chosen, real),
             "logps/rejected": ops.masked_mean(rejected, real),
         }

@@ -83,7 +83,7 @@ class Setup(NamedTuple):
     task: tasks.Task
     state: TrainState
     shardings: TrainState
-    place: Callable[[Any], Any]  # this host's rows of a batch -> global arrays on the mesh, fields filled in
+    place: Callable[[Any, Any], Any]  # (this host's rows of a batch, params) -> global arrays, every field filled in
     update: Callable[..., Any]  # compiled
     evaluate: Callable[..., Any]  # compiled
     schedule: optax.Schedule
@@ -175,8 +175,7 @@ HEADLINES = {
 
 
 def _rows(experiment: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> tasks.Rows:
-    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it.
-    """
+    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it."""
     if callable(experiment.data):
         kept = folder / "data" / "train.jsonl"
         recipe = {name: program.describe(getattr(experiment, name)) for name in ("data", "model", "seed")}
@@ -241,9 +240,9 @@ def _loop(
     """Steps until the last, until `patience` runs out, or until a signal comes; saved in all three cases."""
     begin = experiment.steps if progress.done else int(state.step)
     for index, batch in data.prefetch(setup.task.batch, begin, experiment.steps):
-        step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * jax.process_count()
+        step, tokens = index + 1, int(np.count_nonzero(setup.task.tokens(batch).segments)) * jax.process_count()
         state, metrics = setup.update(state, setup.place(batch, state.params))
-        rate = Mean(total=setup.schedule(index), weight=jnp.ones(()))
+        rate = Mean(total=jnp.asarray(setup.schedule(index)), weight=jnp.ones(()))
         tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
 
         due, leaving = step % experiment.eval_every == 0 or step == experiment.steps, stop.agreed(step) is not None

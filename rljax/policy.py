@@ -13,7 +13,7 @@ from rljax.models import hf, resolve
 from rljax.sampling import generate
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
-BUCKET = 32  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
+BUCKET = 8  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
 
 
 class Policy(NamedTuple):
@@ -51,11 +51,12 @@ def complete(
     Prompts longer than `max_prompt` tokens keep their end. `sampling` goes to `generate` (temperature, top_k, top_p).
     The i-th prompt draws with fold_in(key, i // batch), so results do not depend on how many prompts follow.
     """
-    ids = [prompt_ids(prompt, policy.tokenizer)[-(max_prompt or 0) :] for prompt in prompts]
+    ids = [prompt_ids(prompt, policy.tokenizer, max_prompt=max_prompt) for prompt in prompts]
     width = -(-max(map(len, ids), default=1) // BUCKET) * BUCKET
     texts, rollouts = [], []
     for start in range(0, len(ids), batch):
         some = ids[start : start + batch]
+        rows = len(some)
         rollout = generate(
             policy.model,
             policy.params,
@@ -65,7 +66,7 @@ def complete(
             stop_ids=policy.stop_ids,
             **sampling,
         )
-        rollout = jax.tree.map(lambda x, n=len(some): np.asarray(x)[:n], rollout)
+        rollout = jax.tree.map(lambda x, n=rows: np.asarray(x)[:n], rollout)
         rollouts.append(rollout)
         texts += decode(policy.tokenizer, rollout.tokens)
     return Completions(texts, rollouts)
@@ -78,7 +79,8 @@ def left_pad(ids: Sequence[np.ndarray], *, rows: int, width: int) -> Tokens:
     for row, prompt in enumerate(ids):
         out[row, width - len(prompt) :] = prompt
         segments[row, width - len(prompt) :] = 1
-    return Tokens(ids=out, segments=segments, mask=np.zeros((rows, width), bool))
+    arrays: dict[str, Any] = {"ids": out, "segments": segments, "mask": np.zeros((rows, width), bool)}
+    return Tokens(**arrays)
 
 
 def decode(tokenizer: Any, tokens: Tokens) -> list[str]:

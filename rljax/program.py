@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from rljax import models, policy, sharding, train
 from rljax.types import TrainState
-
 
 ADAM = functools.partial(optax.adamw, weight_decay=0.0)
 
@@ -53,7 +52,7 @@ class Run:
     save_every: int = 50
     keep: int = 2
     best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
-    best_mode: str = "max"
+    best_mode: Literal["min", "max"] = "max"
     patience: int | None = None  # stop after this many evaluations without a better `best`
     samples: int = 4  # held-out prompts whose continuations are shown
     sample_tokens: int = 64
@@ -114,7 +113,8 @@ def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     longest = run.max_prompt + run.max_completion
     if config.learned_positions and longest > config.max_positions:
         raise ValueError(
-            f"max_prompt + max_completion = {longest} tokens, {run.model} has {config.max_positions} positions: lower them"
+            f"max_prompt + max_completion = {longest} tokens, but {run.model} has {config.max_positions} positions: "
+            "lower them"
         )
     return loaded._replace(model=models.build(config))
 

@@ -99,7 +99,7 @@ def weights(params: Params) -> str:
 
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
-    """u32[2]: sums over an array's bits, each mixed with its place. Whole numbers: no order of addition changes them."""
+    """u32[2]: sums over an array's bits, each mixed with its place; whole numbers, so their order does not matter."""
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
     bits = bits.astype(jnp.uint32).ravel()
     place = jnp.arange(bits.size, dtype=jnp.uint32)

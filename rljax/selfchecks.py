@@ -47,12 +47,14 @@ def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...]) ->
     if not stops:
         return Check(
             False,
-            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not learn to "
-            f"stop. Every completion may be longer than max_completion, or the tokenizer may name another end token.\n{shown}",
+            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not learn "
+            "to stop. Every completion may be longer than max_completion, or the tokenizer may name another end token.\n"
+            f"{shown}",
         )
     return Check(
         True,
-        f"{mask.sum()} of {(segments > 0).sum()} tokens are trained, a stop token in {stops} of {real.sum()} rows; {shown}",
+        f"{mask.sum()} of {(segments > 0).sum()} tokens are trained, a stop token in {stops} of {real.sum()} rows; "
+        f"{shown}",
     )
 
 
@@ -84,7 +86,7 @@ def companions(policy: Policy, tokens: Tokens) -> Check:
 def _moved(tokens: Tokens) -> Tokens:
     """Rows in reverse order, padding on the left, every second row emptied."""
 
-    def right_aligned(x: np.ndarray) -> np.ndarray:
+    def right_aligned(x: Any) -> np.ndarray:
         free = tokens.segments.shape[1] - (tokens.segments > 0).sum(1)
         return np.stack([np.roll(row, n) for row, n in zip(np.asarray(x), free, strict=True)])[::-1]
 
@@ -124,7 +126,7 @@ def _within(policy: Policy, worst: float, what: str) -> Check:
 
 def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
     """The schedule is as long as the run."""
-    rates = np.asarray([float(schedule(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
+    rates = np.asarray([schedule(int(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
     low, high, end = rates[0], rates.max(), rates[-1]
     said = f"learning rate over {steps} updates: {low:.2e} at first, {high:.2e} at most, {end:.2e} at last"
     if not np.isfinite(rates).all() or (rates < 0).any():

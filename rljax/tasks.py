@@ -93,17 +93,16 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
 def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
     """Completions with a label. The KL point is estimated on every batch from mismatched pairs, before the update."""
-    rows = tuple(data.unpair(part) if "chosen" in part[0] else part for part in rows)
+    rows = tuple(data.unpair(part) if "chosen" in part[0] else part for part in rows)  # pyright: ignore
     check_rows(rows, data.unpaired_row)
     example = _limited(data.unpaired_example, run, policy)
 
     def split(part: data.Rows) -> Split:
-        items, n, length = data.memoized(part, example), len(part), run.max_prompt + run.max_completion
+        items: Callable[[int], Any] = data.memoized(part, example)
+        n, length = len(part), run.max_prompt + run.max_completion
 
-        def mismatched(index: int) -> data.Example | None:
+        def mismatched(index: int) -> data.Example:
             """A prompt with the completion of the next row that answers another prompt (the next row, if none does)."""
-            if index < 0:
-                return None
             mine = items(index).example
             others = (items((index + k) % n).example for k in range(1, min(n, 100)))
             same = mine.ids[: mine.prompt].tolist()
@@ -112,7 +111,7 @@ def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
         def collate(indices: np.ndarray) -> tuple[Tokens, Tokens]:
             mine = [None if i < 0 else items(i).example for i in indices]
-            return data.pad(mine, length), data.pad([mismatched(int(i)) for i in indices], length)
+            return data.pad(mine, length), data.pad([None if i < 0 else mismatched(int(i)) for i in indices], length)
 
         refs = view.cached_logps(part, collate)
 
@@ -136,7 +135,7 @@ def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
 
 def _kl_estimate(policy: Policy, max_trained: int) -> Callable[[Params, Any], UnpairedBatch]:
-    """(params, (batch, mismatched pairs, their reference log-probabilities)) -> batch with its KL point (KTO, Eq. 7)."""
+    """(params, (batch, mismatched pairs, their reference log-probabilities)) -> batch with its KL point (KTO)."""
 
     @jax.jit
     def estimate(params: Params, made: tuple[UnpairedBatch, Tokens, jax.Array]) -> UnpairedBatch:

@@ -55,8 +55,9 @@ def make_update(
             {**metrics, "loss": loss, "grad_norm": norm},
         )
 
-    placement = {} if shardings is None else {"in_shardings": (shardings, None), "out_shardings": (shardings, None)}
-    return jax.jit(update, donate_argnums=0, **placement)
+    if shardings is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
 
 def make_evaluate(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:

@@ -4,11 +4,11 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: the compiler may be quick about it (programs in subprocesses run as users run them).
+# Tests compile far more than they compute: the compiler may be quick about it. Programs in subprocesses run as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 # The hook covers the mathematics only: on pytree dataclasses it breaks jax.tree.map and eval_shape.
 _hook = install_import_hook(["rljax.ops", "rljax.losses", "rljax.advantages"], "beartype.beartype")

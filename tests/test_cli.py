@@ -12,7 +12,20 @@ DPO = offline.Preference(model="m", data="d.jsonl", loss=functools.partial(losse
 
 def test_fields_and_keyword_arguments_are_options():
     changed = cli.with_options(
-        DPO, "--steps 7 --loss.beta 0.5 --mesh.tensor 2 --schedule.warmup 3 --optimizer.b2 0.9 --average".split()
+        DPO,
+        [
+            "--steps",
+            "7",
+            "--loss.beta",
+            "0.5",
+            "--mesh.tensor",
+            "2",
+            "--schedule.warmup",
+            "3",
+            "--optimizer.b2",
+            "0.9",
+            "--average",
+        ],
     )
     assert (changed.steps, changed.average) == (7, True)
     assert changed.loss.keywords["beta"] == 0.5

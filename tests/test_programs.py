@@ -20,7 +20,7 @@ from rljax import artefacts, cli, data, losses, offline, sharding, tracking, tra
 from rljax.models import hf
 
 ROOT = pathlib.Path(__file__).parent.parent
-WORDS = "cat dog tree house ball bird car hat fish boat".split()
+WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +198,7 @@ def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(stori
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert offline.run(experiment) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.1"):
+    with pytest.raises(ValueError, match=r"learning_rate was 0\.001 and is 0\.1"):
         offline.run(dataclasses.replace(experiment, learning_rate=0.1))
 
 

@@ -1,4 +1,4 @@
-"""The sampler: greedy equals the uncached model, log-probabilities equal the trainer's, rows do not depend on each other."""
+"""The sampler: greedy equals the uncached model, its log-probabilities equal the trainer's, rows stand alone."""
 
 import functools
 

@@ -15,7 +15,6 @@ from rljax.data.batches import (
     collate_comparison,
     collate_preference,
     collate_supervised,
-    collate_unpaired,
     memoized,
     pack,
     pad,
@@ -46,7 +45,7 @@ from rljax.data.forms import (
     unpair,
     unpaired_row,
 )
-from rljax.data.order import Batches, eval_batches, indices, partners, prefetch
+from rljax.data.order import Batches, eval_batches, indices, prefetch
 from rljax.data.rows import Row, Rows, check, concatenate, fingerprint, split, write_jsonl
 from rljax.data.sources import read
 
@@ -64,7 +63,6 @@ __all__ = [
     "collate_comparison",
     "collate_preference",
     "collate_supervised",
-    "collate_unpaired",
     "comparison_example",
     "comparison_row",
     "completion_example",
@@ -78,7 +76,6 @@ __all__ = [
     "mismatch",
     "pack",
     "pad",
-    "partners",
     "preference_example",
     "preference_row",
     "prefetch",

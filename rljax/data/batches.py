@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rljax.data.examples import Comparison, Example, Unpaired, mismatch
+from rljax.data.examples import Comparison, Example
 from rljax.data.progress import track
 from rljax.data.rows import Row, Rows
 from rljax.types import ComparisonBatch, Tokens
@@ -112,26 +112,6 @@ def collate_preference(pairs: Sequence[tuple[Example, Example] | None], length: 
     """(chosen, rejected) pairs -> (chosen, rejected), Tokens [b length] each."""
     chosen, rejected = (pad([None if pair is None else pair[side] for pair in pairs], length) for side in (0, 1))
     return chosen, rejected
-
-
-def collate_unpaired(
-    examples: Sequence[Unpaired | None], partners: Sequence[Unpaired | None], length: int
-) -> tuple[Tokens, Tokens, np.ndarray]:
-    """-> (tokens, mismatched, desirable): Tokens [b length], Tokens [b length], bool[b].
-
-    mismatched: the prompt of each example with the completion of its partner, the row after it in the global batch
-    (`partners`). An evaluation batch without partners of its own can take its rows rolled by one: examples[1:] +
-    examples[:1].
-    """
-    if len(examples) != len(partners):
-        raise ValueError(f"collate_unpaired: {len(examples)} examples but {len(partners)} partners; give one for each")
-    pairs = [
-        None if mine is None or other is None else mismatch(mine.example, other.example)
-        for mine, other in zip(examples, partners, strict=True)
-    ]
-    tokens = pad([None if item is None else item.example for item in examples], length)
-    desirable = np.asarray([item is not None and item.desirable for item in examples], bool)
-    return tokens, pad(pairs, length), desirable
 
 
 def collate_comparison(examples: Sequence[Comparison | None], length: int, k: int = 2) -> ComparisonBatch:

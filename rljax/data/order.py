@@ -50,25 +50,6 @@ def indices(
     return shuffled(n, seed=seed, start=start, stop=start + share)
 
 
-def partners(
-    n: int,
-    *,
-    batch: int,
-    seed: int,
-    step: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> np.ndarray:
-    """For each of `indices(…)` the row after it in the global batch, cyclically: KTO's mismatched completions."""
-    share, offset = _share(n, batch, process_index, process_count)
-    if batch < 2:
-        raise ValueError(f"batch={batch}: mismatched pairs need at least 2 rows a batch; give another batch size")
-    start = step * batch
-    following = [start + (offset + i + 1) % batch for i in range(share)]
-    order = _endless(n, seed)
-    return np.asarray([order[p] for p in following], np.int64)
-
-
 def eval_batches(
     n: int, batch: int, *, process_index: int | None = None, process_count: int | None = None
 ) -> list[np.ndarray]:
@@ -101,25 +82,21 @@ def _share(n: int, batch: int, process_index: int | None, process_count: int | N
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """step -> this process's part of the batch of that step: make(indices), or make(indices, partners) if `mismatched`.
+    """step -> make(indices): this process's part of the batch of that step.
 
     A pure function of (seed, step), so any step can be asked for first, again, or in a resumed run.
     """
 
-    make: Callable[..., Any]  # row indices i64[local batch] -> pytree of numpy arrays
+    make: Callable[[np.ndarray], Any]  # row indices i64[local batch] -> pytree of numpy arrays
     n: int  # rows
     batch: int  # global: over all processes
     seed: int
-    mismatched: bool = False
     process_index: int | None = None  # None: jax.process_index()
     process_count: int | None = None  # None: jax.process_count()
 
     def __call__(self, step: int) -> Any:
         where: dict[str, Any] = {"process_index": self.process_index, "process_count": self.process_count}
-        rows = indices(self.n, batch=self.batch, seed=self.seed, step=step, **where)
-        if not self.mismatched:
-            return self.make(rows)
-        return self.make(rows, partners(self.n, batch=self.batch, seed=self.seed, step=step, **where))
+        return self.make(indices(self.n, batch=self.batch, seed=self.seed, step=step, **where))
 
 
 def prefetch(function: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[tuple[int, T]]:

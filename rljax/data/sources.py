@@ -210,7 +210,7 @@ def _tfds(name: str, split: str) -> Rows:
 
     try:
         if (folder := pathlib.Path(name).expanduser()).is_dir():
-            source: Any = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
+            source: Any = tfds.builder_from_directory(str(folder)).as_data_source(split=split)  # pyright: ignore[reportCallIssue]
             label = f"tfds:{folder.name}"
         else:
             data_dir = os.environ.get("TFDS_DATA_DIR")

@@ -37,7 +37,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
     )
 
 
-def write(buffer: Array, new: Array, index: Array, axis: int) -> Array:
+def write(buffer: Array, new: Array, index: Array | int, axis: int) -> Array:
     """Put `new` into slots index, index + 1, … of a buffer."""
     return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), index, axis)
 

@@ -189,7 +189,7 @@ class Decoder(nn.Module):
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
                 unroll=c.unroll,
             )
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
     def walk(self, x: Array, context: Context, cache: Cache) -> tuple[Array, Cache]:
         """The layers one after the other, unrolled: each has buffers of its own, which a loop updates in place."""
         c, kind = self.config, kinds(self.config)
-        params = unstack(self.variables["params"])["layers"]
+        params = unstack(dict(self.variables["params"]))["layers"]
         memories = []
         for layer, memory in enumerate(zip(cache.keys, cache.values, strict=True)):
             here = Kind(window=kind.window[layer], rope=kind.rope[layer])
@@ -293,10 +293,12 @@ def build(config: ModelConfig) -> LanguageModel:
     @jax.jit
     def init(key: Array) -> Params:
         token = jnp.ones((1, 1), jnp.int32)
-        return module.init(key, token, token)["params"]
+        return dict(module.init(key, token, token)["params"])
 
     def apply(params: Params, ids: Array, segments: Array, *, cache: Cache | None = None) -> Output:
-        return module.apply({"params": params}, ids, segments, cache)
+        out = module.apply({"params": params}, ids, segments, cache)
+        assert isinstance(out, Output)  # as opposed to (Output, collections that changed)
+        return out
 
     def unembed(params: Params, hidden: Array) -> Array:
         if config.tied:

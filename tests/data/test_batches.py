@@ -86,17 +86,6 @@ def test_collate_preference():
     assert lists(rejected)[1] == [[1, 1, 0, 0], [0] * 4]
 
 
-def test_collate_unpaired_mismatches():
-    items = [data.Unpaired(example(3 + i, start=10 * i + 1, prompt=2), i % 2 == 0) for i in range(3)]
-    tokens, mismatched, desirable = data.collate_unpaired([*items, None], [*items[1:], items[0], None], 6)
-    assert lists(tokens)[0] == [[1, 2, 3, 0, 0, 0], [11, 12, 13, 14, 0, 0], [21, 22, 23, 24, 25, 0], [0] * 6]
-    assert lists(mismatched)[0] == [[1, 2, 13, 14, 0, 0], [11, 12, 23, 24, 25, 0], [21, 22, 3, 0, 0, 0], [0] * 6]
-    assert lists(mismatched)[2] == [[0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0] * 6]
-    assert desirable.tolist() == [True, False, True, False]
-    with pytest.raises(ValueError, match="2 examples but 1 partners"):
-        data.collate_unpaired(items[:2], items[:1], 6)
-
-
 def test_collate_comparison():
     items = [data.Comparison((example(2), example(3), example(1)), 1, 0.5), None]
     batch = data.collate_comparison(items, 3, k=3)
@@ -133,13 +122,12 @@ def test_every_process_count_reads_the_same_global_batch(plain):
     rows = data.unpair(data.read([{"prompt": f"Once {i}", "chosen": " a" * i, "rejected": " b" * i} for i in range(9)]))
     get = data.memoized(rows, lambda row: data.unpaired_example(row, plain, max_prompt=8, max_completion=8))
 
-    def make(indices, partners):
-        return data.collate_unpaired([get(i) for i in indices], [get(i) for i in partners], 16)
+    def make(indices):
+        return data.pad([get(i).example for i in indices], 16)
 
     def read(p, of):
-        batches = data.Batches(make, len(rows), batch=8, seed=3, mismatched=True, process_index=p, process_count=of)
-        tokens, mismatched, desirable = batches(5)
-        return [tokens.ids, tokens.segments, tokens.mask, mismatched.ids, mismatched.mask, desirable]
+        tokens = data.Batches(make, len(rows), batch=8, seed=3, process_index=p, process_count=of)(5)
+        return [tokens.ids, tokens.segments, tokens.mask]
 
     whole = read(0, 1)
     for of in (2, 4):

@@ -35,20 +35,12 @@ def test_neighbouring_seeds_share_no_epoch():
         batch(0, seed=-1)
 
 
-@pytest.mark.parametrize("get", [data.indices, data.partners])
 @pytest.mark.parametrize("processes", [2, 4])
-def test_processes_read_shares_of_one_batch(get, processes):
+def test_processes_read_shares_of_one_batch(processes):
     for step in (0, 2, 17):
-        shares = [batch(step, size=8, p=p, of=processes, get=get) for p in range(processes)]
+        shares = [batch(step, size=8, p=p, of=processes) for p in range(processes)]
         assert all(len(share) == 8 // processes for share in shares)
-        assert list(itertools.chain.from_iterable(shares)) == batch(step, size=8, get=get)
-
-
-def test_partners_are_the_next_rows_of_the_global_batch():
-    rows = batch(3, size=8)
-    assert batch(3, size=8, get=data.partners) == rows[1:] + rows[:1]
-    with pytest.raises(ValueError, match="at least 2 rows"):
-        batch(3, size=1, get=data.partners)
+        assert list(itertools.chain.from_iterable(shares)) == batch(step, size=8)
 
 
 def test_small_data_sets():
@@ -67,8 +59,6 @@ def test_batches():
     where = {"process_index": 1, "process_count": 2}
     batches = data.Batches(lambda rows: {"rows": rows}, 10, batch=4, seed=0, **where)
     assert batches(7)["rows"].tolist() == batch(7, p=1, of=2)
-    pairs = data.Batches(lambda rows, next_rows: (rows, next_rows), 10, batch=4, seed=0, mismatched=True, **where)
-    assert pairs(7)[1].tolist() == batch(7, p=1, of=2, get=data.partners)
     assert data.Batches(list, 10, batch=4, seed=0)(7) == batch(7)  # one process is the default here
 
 

@@ -1,4 +1,4 @@
-"""Two real steps of every experiment file, on a real tiny checkpoint and a handful of rows in the format that it reads."""
+"""Two real steps of every experiment file, on a real tiny checkpoint and rows in the format that it reads."""
 
 import pathlib
 
