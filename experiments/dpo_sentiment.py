@@ -21,12 +21,12 @@ import numpy as np
 import optax
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from rljax import losses, offline, policy
+from rljax import losses, offline, policy, train
 from rljax.logprobs import token_logps
 
 OPENINGS = pathlib.Path(__file__).with_name("openings.txt").read_text().splitlines()
 TRAIN, HELD_OUT = OPENINGS[:336], OPENINGS[336:]
-TOKENS = 20  # of a continuation
+TOKENS = 16  # of a continuation
 BATCH = 64  # continuations sampled at once
 
 
@@ -36,7 +36,7 @@ def sentiment(texts: list[str]) -> np.ndarray:
     return np.asarray([analyzer.polarity_scores(text)["compound"] for text in texts])
 
 
-def sampled_pairs(model: policy.Policy, key: jax.Array, *, openings: int = 112, samples: int = 4) -> list[dict]:
+def sampled_pairs(model: policy.Policy, key: jax.Array, *, openings: int = 96, samples: int = 4) -> list[dict]:
     """Preference rows: pairs of an opening's continuations whose sentiment differs, the more positive one chosen."""
     prompts = [opening for opening in TRAIN[:openings] for _ in range(samples)]
     texts = policy.complete(model, prompts, key, max_new_tokens=TOKENS, batch=BATCH).texts
@@ -71,13 +71,14 @@ experiment = offline.Preference(
     loss=functools.partial(losses.dpo_loss, beta=0.1),
     evaluate=held_out_reward,
     optimizer=optax.rmsprop,  # as in the paper
-    learning_rate=2e-6,
-    steps=60,
+    learning_rate=1e-5,
+    schedule=functools.partial(train.linear, warmup=4),
+    steps=56,
     batch=8,
     max_prompt=12,
     max_completion=TOKENS + 1,
     cache_reference=False,  # one pass over the data: nothing to reuse
-    eval_rows=32,
+    eval_rows=24,
     eval_every=20,
     save_every=20,
     samples=BATCH,

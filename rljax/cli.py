@@ -56,7 +56,8 @@ def run_file(file: str) -> None:
 
 def run(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "run")
-    return int(experiment() or 0) if callable(experiment) else offline.run(experiment, file)
+    status: Any = experiment() if callable(experiment) else offline.run(experiment, file)
+    return int(status or 0)
 
 
 def selfcheck(argv: Sequence[str]) -> int:

@@ -129,7 +129,8 @@ def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
         tracking.Tracker(folder / "selfcheck", total_steps=experiment.steps, tensorboard=False) as tracker,
     ):
         setup = set_up(experiment, mesh, folder, tracker)
-        return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
+        written = _write(experiment, setup, setup.state, tracker)
+        return 0 if selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status) else 1
 
 
 def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker) -> Setup:
@@ -175,7 +176,7 @@ HEADLINES = {
 
 
 def _rows(experiment: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> tasks.Rows:
-    """(rows to train on, rows held out). What a function makes is kept in the run's folder, so a resumed run reads it."""
+    """(rows to train on, rows held out). What a function makes is kept in the run's folder, for a resumed run."""
     if callable(experiment.data):
         kept = folder / "data" / "train.jsonl"
         recipe = {name: program.describe(getattr(experiment, name)) for name in ("data", "model", "seed")}
@@ -221,10 +222,11 @@ def _begin(
         tracker.status(f"resumed at step {latest}")
         return state, Progress(**progress)
     state = _normalized(experiment, setup, setup.state, tracker)
-    if experiment.checks and not selfchecks.report(_checks(experiment, setup, tracker), tracker.status):
+    written = _write(experiment, setup, state, tracker)
+    if experiment.checks and not selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status):
         raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
     _evaluate(experiment, setup, state, Progress(), tracker, 0)
-    _measure(experiment, setup, state, tracker, 0, "before")
+    _measure(experiment, setup, state, written, tracker, 0, "before")
     return state, Progress()
 
 
@@ -252,7 +254,7 @@ def _loop(
         done = step == experiment.steps or progress.waited >= (experiment.patience or np.inf)
         if done:
             state = _normalized(experiment, setup, state, tracker)
-            _measure(experiment, setup, state, tracker, step, "after")
+            _measure(experiment, setup, state, _write(experiment, setup, state, tracker), tracker, step, "after")
             progress = progress._replace(done=True)
         better = due and experiment.best is not None and progress.waited == 0
         if done or leaving or better or step % experiment.save_every == 0:
@@ -282,32 +284,40 @@ def _evaluate(
     return progress._replace(waited=progress.waited + 1), {experiment.best: value}
 
 
+def _write(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> policy.Completions | None:
+    """What the policy makes of held-out prompts, where there are any and it can write."""
+    if isinstance(experiment, RewardModel) or not setup.task.prompts:
+        return None
+    with tracker.phase(f"sampling {len(setup.task.prompts)} held-out prompts"):
+        return policy.complete(
+            setup.policy._replace(params=state.params),
+            setup.task.prompts,
+            jax.random.key(experiment.seed),
+            max_new_tokens=experiment.sample_tokens,
+            batch=experiment.samples,
+            max_prompt=experiment.max_prompt,
+        )
+
+
 def _measure(
-    experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker, step: int, phase: str
+    experiment: Run,
+    setup: Setup,
+    state: TrainState,
+    written: policy.Completions | None,
+    tracker: tracking.Tracker,
+    step: int,
+    phase: str,
 ) -> None:
-    """Samples of held-out prompts, and what the experiment itself wants to know: before and after training."""
-    if isinstance(experiment, RewardModel):
-        return
-    now = setup.policy._replace(params=state.params)
-    key = jax.random.key(experiment.seed)
-    if experiment.samples and setup.task.prompts:
-        with tracker.phase(f"samples {phase} training"):
-            texts = policy.complete(now, setup.task.prompts, key, **_sampling(experiment)).texts
-        rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, texts, strict=True)]
+    """Show samples, and find out what the experiment itself wants to know: before and after training."""
+    if written is not None:
+        rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, written.texts, strict=True)]
         tracker.samples(step, [{"phase": phase, **row} for row in rows], title=f"{phase} training")
     if experiment.evaluate is not None:
         with tracker.phase(f"measuring {phase} training"):
-            found = experiment.evaluate(now, setup.policy.params, key)
+            now = setup.policy._replace(params=state.params)
+            found = experiment.evaluate(now, setup.policy.params, jax.random.key(experiment.seed))
         tracker.log(step, found.metrics, prefix="eval/")
         tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
-
-
-def _sampling(experiment: Run) -> dict[str, Any]:
-    return {
-        "max_new_tokens": experiment.sample_tokens,
-        "batch": experiment.samples,
-        "max_prompt": experiment.max_prompt,
-    }
 
 
 def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> TrainState:
@@ -333,23 +343,24 @@ def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: track
     return dataclasses.replace(state, params=params)
 
 
-def _checks(experiment: Run, setup: Setup, tracker: tracking.Tracker) -> list[selfchecks.Check]:
+def _checks(
+    experiment: Run, setup: Setup, written: policy.Completions | None, tracker: tracking.Tracker
+) -> list[selfchecks.Check]:
     """What a run finds out about itself before its first step."""
-    local = setup.task.batch(0)
+    local, params = setup.task.batch(0), setup.state.params
     tokens = setup.task.tokens(local)
-    params, now = setup.state.params, setup.policy
+    decoder = params["model"] if isinstance(experiment, RewardModel) else params
+    now = setup.policy._replace(params=decoder)
     checks = [
         selfchecks.trained_tokens(tokens, now.tokenizer, now.stop_ids),
         selfchecks.learning_rate(setup.schedule, experiment.steps),
         selfchecks.memory(setup.memory),
     ]
     with tracker.phase("checking log-probabilities"):
-        backbone = now._replace(params=params["model"]) if isinstance(experiment, RewardModel) else now
-        checks.append(selfchecks.companions(backbone, tokens))
+        checks.append(selfchecks.companions(now, tokens))
         if isinstance(experiment, Preference):
-            metrics = setup.evaluate(params, setup.place(local, params))
-            checks.append(selfchecks.first_loss(experiment, metrics, setup.place(local, params)))
-        if experiment.samples and setup.task.prompts and not isinstance(experiment, RewardModel):
-            written = policy.complete(now, setup.task.prompts, jax.random.key(experiment.seed), **_sampling(experiment))
+            batch = setup.place(local, params)
+            checks.append(selfchecks.first_loss(experiment, setup.evaluate(params, batch), batch))
+        if written is not None:
             checks.append(selfchecks.sampler(now, written.rollouts[0]))
     return checks

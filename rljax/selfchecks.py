@@ -47,9 +47,9 @@ def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...]) ->
     if not stops:
         return Check(
             False,
-            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not learn "
-            "to stop. Every completion may be longer than max_completion, or the tokenizer may name another end token.\n"
-            f"{shown}",
+            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not "
+            "learn to stop. Every completion may be longer than max_completion, or the tokenizer may name another end "
+            f"token.\n{shown}",
         )
     return Check(
         True,

@@ -48,7 +48,7 @@ def make_update(
         scale = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
         norm = Mean(total=optax.tree.norm(grads), weight=jnp.ones(()))
         return (
             TrainState(step=state.step + 1, params=params, opt_state=opt_state),

@@ -4,7 +4,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they compute: the compiler may be quick about it. Programs in subprocesses run as users do.
+# Tests compile more than they compute: let the compiler be quick about it. Programs in subprocesses run as users do.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -21,6 +21,7 @@ from jax import Array
 from rljax.models.attention import attend, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
+from rljax.models.product import product
 from rljax.models.rope import rotate, tables
 from rljax.sharding import ROWS, constrain
 from rljax.types import LanguageModel, Output, Params
@@ -62,7 +63,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape)
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype), precision=exact(x.dtype))
+        y = product(self.equation, x, kernel.astype(x.dtype))
         if self.bias_shape is not None:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y += trailing(bias.astype(y.dtype), y)
