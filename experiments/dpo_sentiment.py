@@ -36,7 +36,7 @@ def sentiment(texts: list[str]) -> np.ndarray:
     return np.asarray([analyzer.polarity_scores(text)["compound"] for text in texts])
 
 
-def sampled_pairs(model: policy.Policy, key: jax.Array, *, openings: int = 96, samples: int = 4) -> list[dict]:
+def sampled_pairs(model: policy.Policy, key: jax.Array, *, openings: int = 80, samples: int = 4) -> list[dict]:
     """Preference rows: pairs of an opening's continuations whose sentiment differs, the more positive one chosen."""
     prompts = [opening for opening in TRAIN[:openings] for _ in range(samples)]
     texts = policy.complete(model, prompts, key, max_new_tokens=TOKENS, batch=BATCH).texts
@@ -54,7 +54,7 @@ def held_out_reward(model: policy.Policy, reference: dict, key: jax.Array) -> of
     """Sentiment and KL(policy ‖ reference), per sequence, of one continuation of each held-out opening."""
     written = policy.complete(model, HELD_OUT, key, max_new_tokens=TOKENS, batch=BATCH)
     scores = sentiment([p + t for p, t in zip(HELD_OUT, written.texts, strict=True)])
-    logps = jax.jit(functools.partial(token_logps, model.model))
+    logps = jax.jit(functools.partial(token_logps, model.model, max_trained=TOKENS))
     ratios = [logps(model.params, r.tokens) - logps(reference, r.tokens) for r in written.rollouts]
     kl = np.concatenate([np.asarray(ratio).sum(1) for ratio in ratios])
     samples = [
@@ -73,14 +73,14 @@ experiment = offline.Preference(
     optimizer=optax.rmsprop,  # as in the paper
     learning_rate=1e-5,
     schedule=functools.partial(train.linear, warmup=4),
-    steps=56,
+    steps=50,
     batch=8,
     max_prompt=12,
     max_completion=TOKENS + 1,
     cache_reference=False,  # one pass over the data: nothing to reuse
     eval_rows=24,
-    eval_every=20,
-    save_every=20,
+    eval_every=25,
+    save_every=25,
     samples=BATCH,
     sample_tokens=TOKENS,
 )

@@ -13,7 +13,7 @@ from rljax.models import hf, resolve
 from rljax.sampling import generate
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
-BUCKET = 8  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
+BUCKET = 16  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
 
 
 class Policy(NamedTuple):
