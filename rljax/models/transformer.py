@@ -63,7 +63,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape)
-        y = product(self.equation, x, kernel.astype(x.dtype))
+        y: Array = product(self.equation, x, kernel.astype(x.dtype))  # pyright: ignore[reportAssignmentType]
         if self.bias_shape is not None:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y += trailing(bias.astype(y.dtype), y)
