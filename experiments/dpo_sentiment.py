@@ -71,7 +71,7 @@ experiment = offline.Preference(
     loss=functools.partial(losses.dpo_loss, beta=0.1),
     evaluate=held_out_reward,
     optimizer=optax.rmsprop,  # as in the paper
-    learning_rate=1e-5,
+    learning_rate=1e-4,
     schedule=functools.partial(train.linear, warmup=4),
     steps=50,
     batch=8,
