@@ -34,6 +34,7 @@ USAGE = """usage: rljax COMMAND …
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status. Input errors are one paragraph on stderr and status 2."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which we do not use
     argv = list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
