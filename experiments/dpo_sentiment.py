@@ -9,7 +9,14 @@ what KL to the reference.
     rljax run experiments/dpo_sentiment.py
     rljax run experiments/dpo_sentiment.py --steps 1000 --batch 64 --data.openings 336    # on a GPU or TPU
 
-Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB).
+Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). Two CPU cores: the first step after about
+100 seconds, everything in about five minutes when nothing else runs. One continuation of each of the 64 held-out
+openings, before and after 50 steps (standard error of a mean: 0.04), and KL(policy ‖ reference) of the sequences after:
+
+    --seed    reward before    reward after    KL (nats)    accuracy on held-out pairs
+    0         0.095            0.295           2.9          0.79
+    1         0.086            0.233           1.6          0.79
+    2         0.137            0.231           2.0          0.71
 """
 
 import functools
