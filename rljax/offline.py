@@ -169,7 +169,7 @@ def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> trac
 
 HEADLINES = {
     Preference: "rewards/accuracies",
-    Unpaired: "rewards/margins",
+    Unpaired: "rewards/chosen",  # its rewards have no pairs to take a margin of
     RewardModel: "accuracy",
     SFT: "mean_token_accuracy",
 }

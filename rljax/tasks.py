@@ -27,7 +27,6 @@ class Task(NamedTuple):
     prepare: Callable[[Params, Any], Any] | None  # on devices: fills in what depends on the current parameters
     tokens: Callable[[Any], Tokens]  # the token rows [n t] of a batch, to look at
     prompts: Sequence[Any]  # of held-out rows, to sample from
-    headline: str  # the metric that matters
 
 
 class Split(NamedTuple):
@@ -86,7 +85,6 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
         prepare=fresh_reference if run.reference and not run.cache_reference else None,
         tokens=lambda batch: jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected),
         prompts=_prompts(rows[1], data.preference_row, run.samples),
-        headline="rewards/accuracies",
         **_batches(run, *map(split, rows)),
     )
 
@@ -129,7 +127,6 @@ def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
         prepare=_kl_estimate(policy, run.max_completion),
         tokens=lambda made: made[0].tokens,
         prompts=_prompts(rows[1], data.unpaired_row, run.samples),
-        headline="rewards/chosen",
         **_batches(run, *map(split, rows)),
     )
 
@@ -164,7 +161,6 @@ def reward(run: Any, policy: Policy, rows: Rows, key: jax.Array) -> Task:
         prepare=None,
         tokens=lambda batch: jax.tree.map(lambda x: np.asarray(x).reshape(-1, length), batch.tokens),
         prompts=_prompts(rows[0], data.comparison_row, run.normalize),
-        headline="accuracy",
         **_batches(run, *map(split, rows)),
     )
 
@@ -196,7 +192,6 @@ def supervised(run: Any, policy: Policy, rows: Rows) -> Task:
         prepare=None,
         tokens=lambda batch: batch,
         prompts=_prompts(rows[1], form, run.samples),
-        headline="mean_token_accuracy",
         **_batches(run, *map(split, rows)),
     )
 
