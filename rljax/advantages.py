@@ -112,6 +112,27 @@ def leave_one_out(rewards: Real[ArrayLike, "g n"]) -> Float[Array, "g n"]:
     return rewards - (jnp.sum(rewards, axis=1, keepdims=True) - rewards) / (n - 1)
 
 
+def greedy_baseline(rewards: Real[ArrayLike, "g n"], greedy: Real[ArrayLike, " g"]) -> Float[Array, "g n"]:
+    """ReMax's advantages: each sample against its prompt's greedy completion (Li et al. 2023, arXiv:2310.10505), [g n].
+
+    A_i = r_i − r(greedy completion)
+
+    An advantage function with a parameter named `greedy` has the program sample and judge the greedy completions.
+    """
+    return as_float(rewards) - as_float(greedy)[:, None]
+
+
+def reward_to_go(
+    rewards: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"], *, gamma: Scalar = 1.0
+) -> Float[Array, "b t"]:
+    """REINFORCE's advantages without a baseline, [b t]: `discounted_returns` of the per-token rewards.
+
+    With the KL penalty in the reward and whitening over the whole batch this is REINFORCE++ (Hu et al. 2025,
+    arXiv:2501.03262). An advantage function with a parameter named `mask` works on tokens instead of groups.
+    """
+    return discounted_returns(rewards, mask, gamma=gamma)
+
+
 def adaptive_kl(
     coef: Real[ArrayLike, ""], kl: Real[ArrayLike, ""], *, target: Scalar, horizon: Scalar, batch_size: Scalar
 ) -> Float[Array, ""]:

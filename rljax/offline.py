@@ -21,8 +21,7 @@ from jax.sharding import Mesh
 
 from rljax import data, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
 from rljax.checkpoint import Checkpoints
-from rljax.manifest import read_json, write_json
-from rljax.program import Evaluation, Run
+from rljax.program import Evaluation, Progress, Run
 from rljax.types import Mean, TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
@@ -66,14 +65,6 @@ class Unpaired(Run):
 
 
 HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
-
-
-class Progress(NamedTuple):
-    """What a checkpoint remembers beside the state."""
-
-    best: float | None = None
-    waited: int = 0  # evaluations since it was found
-    done: bool = False
 
 
 class Setup(NamedTuple):
@@ -137,7 +128,7 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
     """Policy, data, state on its shardings, compiled functions: in this order, each needing the one before."""
     with tracker.phase(f"loading {experiment.model}"):
         start = program.load_policy(experiment, mesh)
-    rows = _rows(experiment, start, folder, tracker)
+    rows = program.read_rows(experiment, start, folder, tracker)
     task = _task(experiment, start, rows, mesh, tracker)
     optimizer, schedule = program.make_optimizer(experiment)
     state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
@@ -173,25 +164,6 @@ HEADLINES = {
     RewardModel: "accuracy",
     SFT: "mean_token_accuracy",
 }
-
-
-def _rows(experiment: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> tasks.Rows:
-    """(rows to train on, rows held out). What a function makes is kept in the run's folder, for a resumed run."""
-    if callable(experiment.data):
-        kept = folder / "data" / "train.jsonl"
-        recipe = {name: program.describe(getattr(experiment, name)) for name in ("data", "model", "seed")}
-        note = folder / "data" / "recipe.json"
-        if read_json(note) != recipe:
-            with tracker.phase("making the data"):
-                data.write_jsonl(kept, experiment.data(start, jax.random.key(experiment.seed)))
-                write_json(note, recipe)
-        rows = data.read(kept)
-    else:
-        rows = data.read(experiment.data, split=experiment.split)
-    if experiment.eval_data is not None:
-        return rows, data.read(experiment.eval_data)
-    held = max(1, min(experiment.eval_rows, len(rows) // 10))
-    return data.split(rows, count=held, seed=experiment.seed)
 
 
 def _task(experiment: Run, start: policy.Policy, rows: tasks.Rows, mesh: Any, tracker: tracking.Tracker) -> tasks.Task:
@@ -272,16 +244,8 @@ def _evaluate(
         batches = (setup.evaluate(state.params, setup.place(batch, state.params)) for batch in setup.task.evals())
         metrics = functools.reduce(train.add_metrics, batches)
         tracker.log(step, metrics, prefix="eval/")
-        if experiment.best is None:
-            return progress, None
-        found = {f"eval/{name}": value for name, value in tracking.values(metrics).items()}
-    value = found.get(experiment.best)
-    if value is None:
-        raise ValueError(f"best={experiment.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
-    sign = 1 if experiment.best_mode == "max" else -1
-    if progress.best is None or sign * value > sign * progress.best:
-        return progress._replace(best=value, waited=0), {experiment.best: value}
-    return progress._replace(waited=progress.waited + 1), {experiment.best: value}
+        found = {f"eval/{name}": value for name, value in tracking.values(metrics).items()} if experiment.best else {}
+    return program.rank(experiment, found, progress)
 
 
 def _write(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> policy.Completions | None:
@@ -312,12 +276,8 @@ def _measure(
     if written is not None:
         rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, written.texts, strict=True)]
         tracker.samples(step, [{"phase": phase, **row} for row in rows], title=f"{phase} training")
-    if experiment.evaluate is not None:
-        with tracker.phase(f"measuring {phase} training"):
-            now = setup.policy._replace(params=state.params)
-            found = experiment.evaluate(now, setup.policy.params, jax.random.key(experiment.seed))
-        tracker.log(step, found.metrics, prefix="eval/")
-        tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
+    now = setup.policy._replace(params=state.params)
+    program.measure(experiment, now, setup.policy.params, tracker, step, phase)
 
 
 def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> TrainState:

@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rljax import models, policy, sharding, train
-from rljax.types import TrainState
+from rljax import data, models, policy, sharding, tracking, train
+from rljax.manifest import read_json, write_json
 
+State = TypeVar("State")  # a pytree of arrays
 ADAM = functools.partial(optax.adamw, weight_decay=0.0)
 
 
@@ -119,17 +120,78 @@ def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     return loaded._replace(model=models.build(config))
 
 
-def make_optimizer(run: Run) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The run's optimizer, with gradient clipping before it, and the schedule inside it."""
-    schedule = run.schedule(run.learning_rate, run.steps)
+def make_optimizer(
+    run: Run, updates: int | None = None
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The run's optimizer, with gradient clipping before it, and the schedule inside it.
+
+    updates: how many the whole run makes; None: one a step.
+    """
+    schedule = run.schedule(run.learning_rate, run.steps if updates is None else updates)
     clip = [optax.clip_by_global_norm(run.clip_norm)] if run.clip_norm is not None else []
     return optax.chain(*clip, run.optimizer(learning_rate=schedule)), schedule
 
 
-def place_state(state: TrainState, rules: Any, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def place_state(state: State, rules: Any, mesh: Mesh) -> tuple[State, State]:
     """(state on its shardings, those shardings): parameters by the rules, optimizer moments as their parameters."""
     shardings = sharding.shardings(jax.eval_shape(lambda: state), rules, mesh)
     return jax.device_put(state, shardings), shardings
+
+
+Split = tuple[data.Rows, data.Rows]  # to train on, held out
+
+
+def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tracking.Tracker) -> Split:
+    """(rows to train on, rows held out). What a function makes is kept in the run's folder, for a resumed run."""
+    if callable(run.data):
+        kept = folder / "data" / "train.jsonl"
+        recipe = {name: describe(getattr(run, name)) for name in ("data", "model", "seed")}
+        note = folder / "data" / "recipe.json"
+        if read_json(note) != recipe:
+            with tracker.phase("making the data"):
+                data.write_jsonl(kept, run.data(start, jax.random.key(run.seed)))
+                write_json(note, recipe)
+        rows = data.read(kept)
+    else:
+        rows = data.read(run.data, split=run.split)
+    if run.eval_data is not None:
+        return rows, data.read(run.eval_data)
+    held = max(1, min(run.eval_rows, len(rows) // 10))
+    return data.split(rows, count=held, seed=run.seed)
+
+
+class Progress(NamedTuple):
+    """What a checkpoint remembers beside the state."""
+
+    best: float | None = None
+    waited: int = 0  # evaluations since it was found
+    done: bool = False
+    draws: int = 0  # batches of prompts drawn so far (online)
+
+
+def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tuple[Progress, dict[str, float] | None]:
+    """(progress, what ranks this state) after an evaluation that found these metrics; None where nothing ranks."""
+    if run.best is None:
+        return progress, None
+    value = found.get(run.best)
+    if value is None:
+        raise ValueError(f"best={run.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
+    sign = 1 if run.best_mode == "max" else -1
+    if progress.best is None or sign * value > sign * progress.best:
+        return progress._replace(best=value, waited=0), {run.best: value}
+    return progress._replace(waited=progress.waited + 1), {run.best: value}
+
+
+def measure(
+    run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str
+) -> None:
+    """What the experiment itself wants to know, before and after training."""
+    if run.evaluate is None:
+        return
+    with tracker.phase(f"measuring {phase} training"):
+        found = run.evaluate(now, reference, jax.random.key(run.seed))
+    tracker.log(step, found.metrics, prefix="eval/")
+    tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
 
 
 def describe(value: Any) -> Any:

@@ -1,22 +1,27 @@
-"""Text from a policy: one prefill, then one loop on the device that ends when every row has stopped."""
+"""Text from a policy: prompts read once, then one loop on the device that ends when every row has stopped."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rljax import ops
-from rljax.models import init_cache, unstack
+from rljax import filters
+from rljax.filters import filter_logits
+from rljax.models import Cache, init_cache, repeat_cache, unstack
 from rljax.models.heads import last_token
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
+__all__ = ["filter_logits", "generate"]
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "top_k", "stop_ids"))
+BLOCK = 128  # tokens of the vocabulary that share a sum when one is drawn
+
+
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids"))
 def generate(
     model: LanguageModel,
     params: Params,
@@ -24,113 +29,186 @@ def generate(
     key: Array,
     *,
     max_new_tokens: int,
+    n: int = 1,
     temperature: float | Array = 1.0,
     top_k: int | None = None,
     top_p: float | Array | None = None,
+    min_p: float | Array | None = None,
+    min_new_tokens: int = 0,
     stop_ids: tuple[int, ...] = (),
 ) -> Rollout:
-    """Continue every prompt until it writes one of `stop_ids` or `max_new_tokens` tokens.
+    """Continue every prompt n times until a row writes one of `stop_ids` or `max_new_tokens` tokens.
 
-    prompts: [b p], one document a row, padding anywhere (segments 0). The result's rows are the prompt's p columns
-      followed by the new tokens, [b, p + max_new_tokens]; columns after a stop token are padding. The stop token is
-      part of the response.
-    key: row i draws its token at step s with fold_in(fold_in(key, i), s), so what a row samples does not depend on
-      its companions.
-    temperature: logits are divided by it; 0 is greedy decoding. top_k keeps the k likeliest tokens, top_p the
-      smallest set of likeliest tokens whose probability reaches it (applied in this order). `Rollout.logps` are those
-      of the distribution that is left after all three: log-probability 0 for greedy.
+    prompts: [b p], one document a row, padding anywhere (segments 0). Rows i·n to i·n + n − 1 of the result continue
+      prompt i, which is read once. A row is the prompt's p columns followed by the new tokens, [b·n, p +
+      max_new_tokens]; columns after a stop token are padding. The stop token is part of the response.
+    key: one key, from which row i of the result gets fold_in(key, i), or an array of b·n keys, one for each row. A row
+      draws its token at step s with fold_in(its key, s), so what it samples depends neither on its companions nor on
+      its place in the batch.
+    temperature, top_k, top_p, min_p, min_new_tokens: see `filters.Sampling`. `Rollout.logps` are those of the
+      distribution that is left after all of them (log-probability 0 for greedy); `logprobs.token_logps` with the
+      same settings computes them again. Temperature, top_p and min_p may be traced.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1 sample of each prompt, got {n}")
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    filters.check(**settings, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
     if jax.default_backend() == "cpu":
         params = unstack(params)  # else XLA copies each layer's slice at every token; on accelerators memory is dearer
-    segment = jnp.max(prompts.segments, axis=1)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(segment.size))
-    draw = functools.partial(_draw, temperature=temperature, top_k=top_k, top_p=top_p)
+    task = _Task(
+        model=model,
+        params=params,
+        keys=_row_keys(key, prompts.ids.shape[0] * n),
+        settings=settings,
+        min_new_tokens=min_new_tokens,
+        stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        n=n,
+    )
+    rows, cache = _start(task, prompts)
+    rows, _ = jax.lax.while_loop(lambda now: jnp.any(now[0].alive), functools.partial(_step, task), (rows, cache))
+    return _rollout(task, prompts, rows)
 
-    def step(loop: _Loop) -> _Loop:
-        now = jax.vmap(jax.random.fold_in, (0, None))(keys, loop.count)
-        token, logp = draw(model.unembed(params, loop.hidden), now)
-        alive = ~loop.done
-        token = jnp.where(alive, token, 0)
-        hidden, cache = model.apply(params, token[:, None], jnp.where(alive, segment, 0)[:, None], cache=loop.cache)
-        return _Loop(
-            count=loop.count + 1,
-            ids=loop.ids.at[:, loop.count].set(token),
-            logps=loop.logps.at[:, loop.count].set(jnp.where(alive, logp, 0.0)),
-            mask=loop.mask.at[:, loop.count].set(alive),
-            done=loop.done | jnp.isin(token, jnp.asarray(stop_ids, jnp.int32)) & alive,
-            hidden=hidden[:, 0],
-            cache=cache,
-        )
 
-    start = _prefill(model, params, prompts, max_new_tokens)
-    end = jax.lax.while_loop(lambda loop: (loop.count < max_new_tokens) & ~jnp.all(loop.done), step, start)
-    new = Tokens(ids=end.ids, segments=jnp.where(end.mask, segment[:, None], 0), mask=end.mask)
-    before = dataclasses.replace(prompts, mask=jnp.zeros_like(prompts.mask))
-    return Rollout(
-        tokens=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), before, new),
-        logps=jnp.pad(end.logps, ((0, 0), (prompts.ids.shape[1], 0))),
-        finished=end.done & (segment > 0),
+class _Task(NamedTuple):
+    """What does not change while tokens are drawn."""
+
+    model: LanguageModel
+    params: Params
+    keys: Array  # [rows]
+    settings: dict
+    min_new_tokens: int
+    stop_ids: tuple[int, ...]
+    max_new_tokens: int
+    n: int
+
+
+class _Rows(NamedTuple):
+    """Rows that are being written, m new tokens at most."""
+
+    key: Array  # [r]
+    segment: Array  # i32[r]; that of the prompt
+    place: Array  # i32[r]; how many tokens were drawn
+    token: Array  # i32[r]; the last of them
+    alive: Array  # bool[r]; another one follows
+    ids: Array  # i32[r m]
+    logps: Array  # f32[r m]
+
+
+def _row_keys(key: Array, rows: int) -> Array:
+    """One key a row, from one for all of them or from as many."""
+    single = key.ndim == (0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1)
+    if single:
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+    if key.shape[0] != rows:
+        raise ValueError(f"there are {key.shape[0]} keys for {rows} rows (prompts · n): give one each, or a single key")
+    return key
+
+
+def _start(task: _Task, prompts: Tokens) -> tuple[_Rows, Cache]:
+    """Every prompt read once, and the first token of each of its n rows."""
+    count, width = prompts.ids.shape
+    cache = init_cache(task.model.config, count, width + task.max_new_tokens)
+    hidden, cache = task.model.apply(task.params, prompts.ids, prompts.segments, cache=cache)
+    last, exists = last_token(prompts.segments)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    hidden, segment, alive = (
+        jnp.repeat(x, task.n, axis=0) for x in (hidden, jnp.max(prompts.segments, axis=1), exists)
+    )
+    new = (segment.size, task.max_new_tokens)
+    rows = _Rows(
+        key=task.keys,
+        segment=segment,
+        place=jnp.zeros_like(segment),
+        token=jnp.zeros_like(segment),
+        alive=alive,  # a row without a prompt has nothing to continue
+        ids=jnp.zeros(new, jnp.int32),
+        logps=jnp.zeros(new, jnp.float32),
+    )
+    return _write(task, rows, hidden), repeat_cache(cache, task.n)
+
+
+def _step(task: _Task, now: tuple[_Rows, Cache]) -> tuple[_Rows, Cache]:
+    """Read the last token of every row, write the next."""
+    rows, cache = now
+    segments = jnp.where(rows.alive, rows.segment, 0)
+    hidden, cache = task.model.apply(task.params, rows.token[:, None], segments[:, None], cache=cache)
+    return _write(task, rows, hidden[:, 0]), cache
+
+
+def _write(task: _Task, rows: _Rows, hidden: Array) -> _Rows:
+    """Draw the next token of every row that is alive, from the state [r d] that predicts it."""
+    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.place)
+    logits = task.model.unembed(task.params, hidden)
+    if task.min_new_tokens and task.stop_ids:
+        early = filters.forbid(rows.place < task.min_new_tokens, task.stop_ids, logits.shape[-1])
+        logits = jnp.where(early, -jnp.inf, logits)
+    token, logp = _draw(logits, keys, **task.settings)
+    place = rows.place + rows.alive
+    here = rows.alive[:, None] & (jnp.arange(task.max_new_tokens)[None] == rows.place[:, None])
+    stopped = jnp.isin(token, jnp.asarray(task.stop_ids, jnp.int32))
+    return rows._replace(
+        place=place,
+        token=token,
+        alive=rows.alive & ~stopped & (place < task.max_new_tokens),
+        ids=jnp.where(here, token[:, None], rows.ids),
+        logps=jnp.where(here, logp[:, None], rows.logps),
     )
 
 
-class _Loop(NamedTuple):
-    count: Array
-    ids: Array
-    logps: Array
-    mask: Array
-    done: Array
-    hidden: Array
-    cache: Any
-
-
-def _prefill(model: LanguageModel, params: Params, prompts: Tokens, max_new_tokens: int) -> _Loop:
-    """The loop before its first token: every prompt read once, and the state that predicts what follows it."""
-    rows, width = prompts.ids.shape
-    new = (rows, max_new_tokens)
-    cache = init_cache(model.config, rows, width + max_new_tokens)
-    hidden, cache = model.apply(params, prompts.ids, prompts.segments, cache=cache)
-    last, exists = last_token(prompts.segments)
-    return _Loop(
-        count=jnp.zeros((), jnp.int32),
-        ids=jnp.zeros(new, prompts.ids.dtype),
-        logps=jnp.zeros(new, jnp.float32),
-        mask=jnp.zeros(new, bool),
-        done=~exists,  # a row without a prompt has nothing to continue
-        hidden=jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0],
-        cache=cache,
+def _rollout(task: _Task, prompts: Tokens, rows: _Rows) -> Rollout:
+    """Prompts and what was written, side by side."""
+    before = jax.tree.map(lambda x: jnp.repeat(x, task.n, axis=0), prompts)
+    before = dataclasses.replace(before, mask=jnp.zeros_like(before.mask))
+    mask = jnp.arange(task.max_new_tokens)[None] < rows.place[:, None]
+    new = Tokens(ids=rows.ids.astype(prompts.ids.dtype), segments=jnp.where(mask, rows.segment[:, None], 0), mask=mask)
+    last = jnp.take_along_axis(rows.ids, jnp.maximum(rows.place - 1, 0)[:, None], axis=1)[:, 0]
+    return Rollout(
+        tokens=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), before, new),
+        logps=jnp.pad(rows.logps, ((0, 0), (prompts.ids.shape[1], 0))),
+        finished=(rows.place > 0) & jnp.isin(last, jnp.asarray(task.stop_ids, jnp.int32)),
     )
 
 
 def _draw(
-    logits: Array, keys: Array, *, temperature: float | Array, top_k: int | None, top_p: float | Array | None
+    logits: Array,
+    keys: Array,
+    *,
+    temperature: float | Array,
+    top_k: int | None,
+    top_p: float | Array | None,
+    min_p: float | Array | None,
 ) -> tuple[Array, Array]:
-    """logits[b v] -> (token i32[b], its log-probability f32[b] under the distribution it was drawn from)."""
-    logits = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    tokens = jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-    return tokens, ops.aligned_logps(logits, tokens)
+    """logits[r v] -> (token i32[r], its log-probability f32[r] under the distribution it was drawn from).
 
-
-def filter_logits(
-    logits: Array, *, temperature: float | Array = 1.0, top_k: int | None = None, top_p: float | Array | None = None
-) -> Array:
-    """Logits of the distribution that tokens are sampled from: temperature, then top-k, then top-p; what is cut is
-    -inf.
+    The inverse of the distribution function, in two levels: one uniform number picks a block of tokens by the sums of
+    their probabilities, another the token in it. That takes two random numbers a row where Gumbel noise takes v, and
+    no search through the whole vocabulary. Greedy is the same with the likeliest tokens alone and the number 0.
     """
     greedy = jnp.asarray(temperature == 0)
-    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool)
-    logits = logits / jnp.where(greedy, 1.0, temperature)
-    if top_k is not None and top_k < logits.shape[-1]:
-        logits = jnp.where(logits < jax.lax.top_k(logits, top_k)[0][..., -1:], -jnp.inf, logits)
-    if top_p is not None:
-        logits = jnp.where(_nucleus(logits, top_p), logits, -jnp.inf)
-    return jnp.where(greedy & ~best, -jnp.inf, logits)
+    logits = filters.cut(logits / jnp.where(greedy, 1.0, temperature), top_k=top_k, top_p=top_p, min_p=min_p)
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.where(greedy, (logits == peak).astype(logits.dtype), jnp.exp(logits - peak))
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
+    uniform = jnp.where(greedy, 0.0, uniform)
+
+    rows, vocab = logits.shape
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab % BLOCK))).reshape(rows, -1, BLOCK)
+    sums = jnp.sum(weights, axis=-1)
+    block = _pick(sums, uniform[:, 0])
+    weights = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    inside = _pick(weights, uniform[:, 1])
+    logp = jnp.log(jnp.take_along_axis(weights, inside[:, None], axis=1)[:, 0]) - jnp.log(jnp.sum(sums, axis=-1))
+    return (block * BLOCK + inside).astype(jnp.int32), jnp.where(greedy, 0.0, logp)
 
 
-def _nucleus(logits: Array, top_p: float | Array) -> Array:
-    """bool[… v]: the smallest set of likeliest tokens whose probability reaches top_p; never empty."""
-    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1) - jax.nn.softmax(ordered, axis=-1)
-    threshold = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    return logits >= jnp.minimum(threshold, jnp.max(logits, axis=-1, keepdims=True))
+def _pick(weights: Array, uniform: Array) -> Array:
+    """Index i32[r] of weights [r m], each with a probability in proportion to it, by uniform numbers [r] in [0, 1).
+
+    What has no weight is never picked, whatever rounding does to the sums.
+    """
+    sums = jnp.cumsum(weights, axis=-1)
+    beyond = (sums > uniform[:, None] * sums[:, -1:]) & (weights > 0)
+    return jnp.argmax(jnp.where(beyond.any(axis=-1, keepdims=True), beyond, weights), axis=-1).astype(jnp.int32)

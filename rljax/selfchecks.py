@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rljax.filters import Sampling
 from rljax.logprobs import token_logps
 from rljax.policy import Policy
 from rljax.types import Metrics, PreferenceBatch, Rollout, Tokens
@@ -86,9 +87,10 @@ def companions(policy: Policy, tokens: Tokens) -> Check:
 def _moved(tokens: Tokens) -> Tokens:
     """Rows in reverse order, padding on the left, every second row emptied."""
 
+    pads_first = np.argsort(tokens.segments > 0, axis=1, kind="stable")
+
     def right_aligned(x: Any) -> np.ndarray:
-        free = tokens.segments.shape[1] - (tokens.segments > 0).sum(1)
-        return np.stack([np.roll(row, n) for row, n in zip(np.asarray(x), free, strict=True)])[::-1]
+        return np.take_along_axis(np.asarray(x), pads_first, axis=1)[::-1]
 
     gone = (np.arange(len(tokens.ids)) % 2 == 1)[::-1, None]
     ids, segments, mask = (right_aligned(x) for x in (tokens.ids, tokens.segments, tokens.mask))
@@ -110,11 +112,55 @@ def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
     return Check(passed, said)
 
 
-def sampler(policy: Policy, rollout: Rollout) -> Check:
-    """The sampler's log-probabilities are those that the trainer computes for the same tokens."""
-    trained = jax.jit(functools.partial(token_logps, policy.model))(policy.params, rollout.tokens)
+def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) -> Check:
+    """The sampler's log-probabilities are those that the trainer computes for the same tokens, under the same
+    temperature and filters.
+    """
+    logps = jax.jit(functools.partial(token_logps, policy.model, sampling=sampling))
+    trained = logps(policy.params, rollout.tokens)
     worst = float(np.abs(np.asarray(trained) - np.where(rollout.tokens.mask, rollout.logps, 0)).max(initial=0))
     return _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
+
+
+def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]) -> Check:
+    """Exactly what was sampled is trained: the stop token once, nothing after it, no prompt; shown on a decoded row."""
+    ids, segments, mask = (np.asarray(x) for x in jax.tree.leaves(rollout.tokens))
+    best = int(np.argmax(np.asarray(rollout.finished)))  # a row that ended, where there is one
+    shown = f"the trained tokens of a row, in ⟦ ⟧: {marked(ids[best], segments[best], mask[best], tokenizer)}"
+    finished = np.asarray(rollout.finished)
+    if (mask & (segments == 0)).any() or mask[:, 0].any() or not mask.any():
+        return Check(False, f"padding or the first token of a row is trained, or nothing at all\n{shown}")
+    last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+    ends = np.isin(ids[np.arange(len(ids)), last], stop_ids) & mask.any(1)
+    note = "" if finished.any() else "; none ended by itself: max_completion may be short for this policy"
+    said = f"{mask.sum()} of {(segments > 0).sum()} tokens are trained; {finished.sum()} of {len(ids)} completions ended"
+    return Check(True, f"{said}, {ends.sum()} of them in a trained stop token{note}; {shown}")
+
+
+def same_policy(
+    look: Callable[[Any, Tokens], jax.Array], params: Any, reference: Any, rollout: Rollout
+) -> Check:
+    """The policy is still the reference, so KL is exactly 0 and every ratio exactly 1 (at any temperature): both sides
+    are computed by the trainer, with the run's own temperature and filters.
+    """
+    tokens = jax.tree.map(jnp.asarray, rollout.tokens)
+    now, again, ref = (np.asarray(look(p, tokens)) for p in (params, params, reference))
+    kl, ratio = float((now - ref).sum(1).mean()), np.exp(now - again)
+    exact = (now == ref).all() and (ratio == 1).all()
+    worst = float(np.abs(now - ref).max())
+    why = "" if exact else f": the weights of policy and reference differ (by {worst:.1e} nats at some token)"
+    return Check(exact, f"policy = reference: KL of a first rollout {kl:g}, ratios {ratio.min():g} to {ratio.max():g}{why}")
+
+
+def first_surrogate(run: Any) -> Check:
+    """Nothing to check; said because it looks like a mistake to everybody once."""
+    centred = getattr(run, "whiten_advantages", False) or getattr(run, "group", 1) > 1
+    why = "advantages have mean 0 and " if centred else ""
+    return Check(
+        True,
+        f"loss/policy_avg will start near {'0' if centred else '−mean(advantage)'}: {why}the ratio is 1 before the first "
+        "update, so the surrogate's value says nothing; its gradient (grad_norm) does",
+    )
 
 
 def _within(policy: Policy, worst: float, what: str) -> Check:

@@ -41,7 +41,7 @@ from rljax.types import Mean
 
 __all__ = ["Stop", "Tracker", "graceful_stop", "lock", "read_rows", "truncate_after", "values", "write_manifest"]
 
-FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "evidence.jsonl")
 
 
 class Tracker:
@@ -69,7 +69,7 @@ class Tracker:
         self.folder = pathlib.Path(folder)
         self._writes = jax.process_index() == 0
         self._clock, self._start = clock, clock()
-        self._pending: tuple[int, dict[str, Any], int | None] | None = None
+        self._pending: tuple[int, dict[str, Any], Any] | None = None
         self._last_step = -1 if resumed is None else resumed
         self._mark: float | None = None  # when the step before was finished; None while that is not known
         self._paused = 0.0
@@ -95,11 +95,11 @@ class Tracker:
             self._pending = None
         self.close()
 
-    def log(self, step: int, metrics: Mapping[str, Any], *, prefix: str = "", tokens: int | None = None) -> None:
+    def log(self, step: int, metrics: Mapping[str, Any], *, prefix: str = "", tokens: Any = None) -> None:
         """Take the metrics of `step` (Means, arrays or floats) without waiting for them; write those of earlier steps.
 
         Several calls with one step make one record (`prefix="eval/"`). tokens: how many were processed since the last
-        call that gave some, for the throughput.
+        call that gave some, for the throughput; a number or an array that is not there yet.
         """
         named = {prefix + name: value for name, value in metrics.items()}
         if self._pending is not None and step != self._pending[0]:
@@ -133,6 +133,12 @@ class Tracker:
             self._files["samples.jsonl"].write(to_json({"step": step, **row}) + "\n")
         if show and rows:
             self.line.samples(rows[:show], title=title or f"step {step}")
+
+    def evidence(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append what a step did to single tokens (see evidence.py)."""
+        if self._writes:
+            for row in rows:
+                self._files["evidence.jsonl"].write(to_json({"step": step, **row}) + "\n")
 
     def status(self, text: str) -> None:
         self.line.status(text)
@@ -168,7 +174,7 @@ class Tracker:
         if not self._writes:
             return
         found = values(metrics)
-        timing = self._timing(tokens)
+        timing = self._timing(None if tokens is None else int(tokens))
         self._files["metrics.jsonl"].write(to_json({"step": step, **found}) + "\n")
         self._files["timing.jsonl"].write(to_json({"step": step, **timing}) + "\n")
         scalars = {name: value for name, value in found.items() if value is not None}

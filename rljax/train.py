@@ -6,6 +6,7 @@ whole batch with any masks, and why the order in which devices add their shares 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,12 +35,21 @@ def make_update(
 ) -> Update:
     """(state, batch) -> (state, metrics): one optimizer step, jitted; the given state is donated (do not use it again).
 
-    loss_fn: (params, batch) -> (Mean, Metrics). The gradient is that of total / weight over the whole batch.
+    loss_fn: (params, batch) -> (Mean, Metrics). The gradient is that of total / weight over the whole batch. Several
+      Means in a tuple are divided each by its own weight, then added (PPO-ptx: rollouts and pretraining text).
     shardings: a TrainState of NamedShardings (from `sharding.shardings`); None leaves placement to the arguments.
     microbatches: the batch is cut along axis 0 into this many pieces whose sums are added one after the other; the
       result is the same up to the order of float additions, the memory of activations is that of one piece.
     metrics: those of the loss_fn, `loss` and `grad_norm` (before any clipping by the optimizer), as Mean.
     """
+    update = update_step(loss_fn, optimizer, microbatches=microbatches)
+    if shardings is None:
+        return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
+
+
+def update_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
+    """`make_update` before `jit`: for use inside a larger compiled function."""
     if microbatches < 1:
         raise ValueError(f"microbatches must be at least 1, got {microbatches}")
 
@@ -55,9 +65,72 @@ def make_update(
             {**metrics, "loss": loss, "grad_norm": norm},
         )
 
-    if shardings is None:
-        return jax.jit(update, donate_argnums=0)
-    return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
+    return update
+
+
+def epochs_step(
+    update: Update, *, epochs: int, minibatches: int, target_kl: float | None = None
+) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
+    """(state, batch, key) -> (state, metrics): `epochs` passes over the batch, each in a fresh permutation of its rows
+    cut into `minibatches` updates (Schulman et al. 2017, Algorithm 1; Huang et al. 2022, "37 details", 6).
+
+    update: from `update_step`. Metrics are merged over all updates. target_kl: once a minibatch's
+      `policy/approxkl_avg` (measured before its own update) exceeds it, the updates that are left are skipped; the
+      metric `policy/updates` counts those that were made.
+    All leaves of the batch with the same number of rows are permuted alike. A batch used whole is not permuted.
+    """
+    if epochs < 1 or minibatches < 1:
+        raise ValueError(f"epochs={epochs} and minibatches={minibatches} must be at least 1")
+
+    def counted(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = update(state, batch)
+        return state, {**metrics, "policy/updates": Mean(total=jnp.ones(()), weight=jnp.zeros(()))}
+
+    def run(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:
+        if epochs == minibatches == 1:
+            state, metrics = counted(state, batch)
+            return state, _count(metrics)
+        pieces = functools.partial(_minibatch, batch, minibatches)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(counted, state, pieces(key, 0, 0))[1]
+        )
+
+        def step(carry: Any, index: Array) -> tuple[Any, None]:
+            state, sums, going = carry
+            piece = pieces(key, index // minibatches, index % minibatches)
+            if target_kl is None:
+                state, metrics = counted(state, piece)
+                return (state, add_metrics(sums, metrics), going), None
+            state, metrics = jax.lax.cond(going, counted, lambda state, _: (state, zeros), state, piece)
+            going &= metrics["policy/approxkl_avg"].value() <= target_kl
+            return (state, add_metrics(sums, metrics), going), None
+
+        start = (state, zeros, jnp.ones((), bool))
+        (state, sums, _), _ = jax.lax.scan(step, start, jnp.arange(epochs * minibatches))
+        return state, _count(sums)
+
+    return run
+
+
+def _count(metrics: Metrics) -> Metrics:
+    updates = metrics["policy/updates"]
+    return {**metrics, "policy/updates": Mean(total=updates.total, weight=jnp.ones(()))}
+
+
+def _minibatch(batch: Any, minibatches: int, key: Array, epoch: Array | int, index: Array | int) -> Any:
+    """Minibatch `index` of an epoch: a slice of that epoch's permutation of the rows."""
+    order = jax.random.fold_in(key, epoch)
+
+    def take(x: Array) -> Array:
+        if minibatches == 1:
+            return x
+        if x.shape[0] % minibatches:
+            raise ValueError(f"{x.shape[0]} rows cannot be cut into minibatches={minibatches} equal parts")
+        size = x.shape[0] // minibatches
+        rows = jax.lax.dynamic_slice_in_dim(jax.random.permutation(order, x.shape[0]), index * size, size)
+        return jnp.take(x, rows, axis=0)
+
+    return jax.tree.map(take, batch)
 
 
 def make_evaluate(loss_fn: LossFn) -> Callable[[Params, Any], Metrics]:
@@ -79,6 +152,9 @@ def _sum_over_microbatches(
     loss_fn: LossFn, params: Params, batch: Any, microbatches: int
 ) -> tuple[Mean, Metrics, Params]:
     """(loss, metrics, gradient of loss.total), all summed over the pieces of the batch."""
+    pieces = batch if microbatches == 1 else jax.tree.map(lambda x: _cut(x, microbatches), batch)
+    if isinstance(jax.eval_shape(loss_fn, params, batch)[0], tuple):
+        loss_fn = _divided(loss_fn, params, pieces, microbatches)
 
     def total(params: Params, piece: Any) -> tuple[Array, tuple[Mean, Metrics]]:
         loss, metrics = loss_fn(params, piece)
@@ -88,9 +164,13 @@ def _sum_over_microbatches(
         (_, (loss, metrics)), grads = jax.value_and_grad(total, has_aux=True)(params, piece)
         return loss, metrics, grads
 
+    return _accumulate(sums, pieces, microbatches)
+
+
+def _accumulate(sums: Callable[[Any], Any], pieces: Any, microbatches: int) -> Any:
+    """The sum of sums(piece) over pieces stacked along axis 0 (or over the one piece that there is)."""
     if microbatches == 1:
-        return sums(batch)
-    pieces = jax.tree.map(lambda x: _cut(x, microbatches), batch)
+        return sums(pieces)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
         jax.eval_shape(sums, jax.tree.map(lambda x: x[0], pieces)),
@@ -102,6 +182,22 @@ def _sum_over_microbatches(
     return jax.lax.scan(add, zeros, pieces)[0]
 
 
+def _divided(loss_fn: Any, params: Params, pieces: Any, microbatches: int) -> LossFn:
+    """Several Means as one: each total over its weight in the whole batch, the weight of their sum being 1.
+
+    Weights do not depend on the parameters, so the pass that adds them up costs nothing: the compiler drops the rest.
+    """
+    weights = _accumulate(lambda piece: [loss.weight for loss in loss_fn(params, piece)[0]], pieces, microbatches)
+    weights = [jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight)) for weight in weights]
+
+    def divided(params: Params, piece: Any) -> tuple[Mean, Metrics]:
+        parts, metrics = loss_fn(params, piece)
+        total = sum((part.total / weight for part, weight in zip(parts, weights, strict=True)), jnp.zeros(()))
+        return Mean(total=total, weight=jnp.full((), 1.0 / microbatches)), metrics
+
+    return divided
+
+
 def _cut(x: Array, pieces: int) -> Array:
     """[b …] -> [pieces b/pieces …]. Piece i takes rows i, i + pieces, …: with rows sharded over devices none moves."""
     if x.ndim == 0 or x.shape[0] % pieces:
@@ -110,6 +206,41 @@ def _cut(x: Array, pieces: int) -> Array:
             f"choose a number of microbatches that divides the batch's rows"
         )
     return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+
+def tf1_adam(
+    learning_rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5
+) -> optax.GradientTransformation:
+    """Adam as TensorFlow 1 has it, ε before the bias correction: what OpenAI's runs of 2019 and 2020 used.
+
+        θ ← θ − lr · √(1 − b2ᵗ) / (1 − b1ᵗ) · m / (√v + ε)
+
+    Kingma & Ba's own second form (arXiv:1412.6980, end of section 2). optax and torch add ε after correcting v, so for
+    gradients smaller than ε this one's first steps are up to 1 / √(1 − b2) = 32 times smaller (Huang et al. 2024,
+    arXiv:2403.17031; eps 1e-5 as there).
+    """
+
+    def scale(count: Array) -> Array:
+        t = count.astype(jnp.float32) + 1.0
+        return jnp.sqrt(1.0 - b2**t) / (1.0 - b1**t)
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)  # pyright: ignore
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        step = jax.tree.map(lambda m, v: (scale(state.count) * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
+        return step, optax.ScaleByAdamState(count=state.count + 1, mu=mu, nu=nu)  # pyright: ignore
+
+    return optax.chain(optax.GradientTransformation(init, update), optax.scale_by_learning_rate(learning_rate))
+
+
+def average_weights(average: Params, params: Params, *, decay: float) -> Params:
+    """Exponential moving average of weights: decay · average + (1 − decay) · params (InstructGPT: 0.992)."""
+    return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), average, params)
 
 
 # Schedules: (peak, steps, *, warmup) -> optax schedule. All reach their end exactly at `steps`.

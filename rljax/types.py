@@ -96,11 +96,14 @@ class PolicyBatch:
     """What a policy-gradient loss sees: a rollout and everything computed from it that is not differentiated."""
 
     tokens: Tokens
-    old_logps: Array  # f32[b t]
+    old_logps: Array  # f32[b t]; at untrained positions 0, as everywhere below
     advantages: Array  # f32[b t]
-    ref_logps: Array  # f32[b t]
+    ref_logps: Array | None = None  # f32[b t], with a KL penalty in the loss
     old_values: Array | None = None  # f32[b t], with a critic
     returns: Array | None = None  # f32[b t], with a critic
+    importance: Array | None = None  # f32[b t]: weights of tokens that another policy than the old one sampled
+    kl_coef: Array | None = None  # f32[b], one number repeated: the coefficient of the KL penalty in the loss
+    pretrain: Tokens | None = None  # [p t]: pretraining text beside the rollout (PPO-ptx)
 
 
 @pytree

@@ -13,16 +13,17 @@ LEVELS = [
     {"__init__", "types"},
     {"ops"},
     {"losses"},
-    {"advantages", "sharding", "metrics"},
+    {"advantages", "filters", "shaping", "sharding", "metrics"},
     {"models"},
     {"train", "logprobs", "data"},
     {"objectives", "sampling"},
     {"policy"},
     {"reference", "checkpoint", "progress", "manifest", "plots"},
-    {"tracking", "tasks"},
+    {"artefacts"},
+    {"tracking", "tasks", "rewards"},
+    {"environments"},
     {"report", "program", "selfchecks"},
     {"offline"},
-    {"artefacts"},
     {"cli"},
     {"__main__"},
 ]
@@ -40,8 +41,11 @@ ONLY_IN = {
     "matplotlib": {"plots", "report"},
     "tensorboardX": {"tracking"},
     "wandb": {"tracking"},
+    "sacrebleu": {"rewards"},
+    "rouge_score": {"rewards"},
+    "vaderSentiment": {"rewards"},
 }
-MATHEMATICS = {"types", "ops", "losses", "advantages"}
+MATHEMATICS = {"types", "ops", "losses", "advantages", "shaping"}
 ALLOWED_IN_MATHEMATICS = {"jax", "jaxtyping", "chex", "rljax"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

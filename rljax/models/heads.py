@@ -72,6 +72,15 @@ def reward_model(model: LanguageModel) -> ScalarModel:
     return ScalarModel(init=init, values=values, scores=scores, config=model.config)
 
 
+def before_tokens(values: Array, mask: Array) -> Array:
+    """Values of states as values of tokens: from V(having read token t) f32[b t] to V(about to write token t), f32[b t].
+
+    The critic's counterpart of the shift in `ops.token_logps`: what a critic says of a token's choice, it says before
+    the token is there. 0 where the mask is False. The token before a trained one is always of its own document.
+    """
+    return jnp.where(mask, jnp.pad(values[:, :-1], ((0, 0), (1, 0))), 0.0)
+
+
 def last_token(segments: Array) -> tuple[Array, Array]:
     """From i32[b t]: the index of the last token that is not a pad i32[b], and whether the row has one bool[b]."""
     real = segments > 0

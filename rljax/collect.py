@@ -1,0 +1,313 @@
+"""Rollouts with their verdicts: prompts in, what the policy writes, what host rewards say; and those that have to wait.
+
+The `n`-th batch of prompts and all random numbers spent on it are functions of (seed, n), so the only state is how many
+were drawn, and the queue: judged groups that were not trained on yet. There is a queue where rewards may lag behind the
+policy (`lag`), and where groups without contrast are filtered out (`filter_groups`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from rljax import data, policy, reference, rewards, sharding
+from rljax.environments import play
+from rljax.iteration import Trace, Verdict
+from rljax.types import Params, Rollout, Tokens
+from rljax.views import decoder_params
+
+BUCKET = policy.BUCKET
+
+
+class Prompts(NamedTuple):
+    """A data set as batches of prompts, each a function of its number."""
+
+    rows: data.Rows
+    ids: Callable[[int], np.ndarray]  # of row i
+    width: int  # of all batches
+    batch: Callable[[int], np.ndarray]  # number of a batch -> row indices of this process's share
+
+
+class Round(NamedTuple):
+    """One batch of rollouts, on its way."""
+
+    rollout: Rollout  # global arrays, on the devices
+    judge: Callable[[], Callable[[], Verdict]]  # sets the rewards to work; what it returns waits for them
+
+
+class Experience(NamedTuple):
+    """Judged rollouts of this process, on the host; rows stand in groups."""
+
+    rollout: Rollout
+    verdict: Verdict
+    born: np.ndarray  # i32[b]: the iteration whose policy wrote the row; −1 for a row that is not there
+
+
+def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
+    """All prompts have to fit in one width, so that everything compiles once: that of the longest, up to max_prompt."""
+    read = data.memoized(rows, functools.partial(data.prompt_example, tokenizer=tokenizer, max_prompt=run.max_prompt))
+
+    def ids(index: int) -> np.ndarray:
+        example = read(index)
+        return np.zeros(0, np.int32) if example is None else example.ids
+
+    counted = range(len(rows)) if len(rows) <= 20_000 else ()
+    longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
+    width = -(-longest // BUCKET) * BUCKET
+    indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
+    return Prompts(rows, ids, width, lambda number: indices(step=number))
+
+
+def prompt_tokens(source: Prompts, indices: Sequence[int], rows: int | None = None) -> Tokens:
+    """The prompts of some rows, left-padded, [rows width]; −1, and what is left of `rows`, is empty."""
+    return policy.left_pad([source.ids(int(i)) for i in indices], rows=rows or len(indices), width=source.width)
+
+
+def judge(
+    run: Any, asked: Sequence[rewards.Reward], source: Prompts, indices: Sequence[int], tokens: Tokens, tokenizer: Any
+) -> rewards.Judgement:
+    """Begin to judge completions on the host. indices: the data row of each row of `tokens`."""
+    some = [source.rows[int(i)] for i in indices]
+    names = dict.fromkeys(name for row in some for name in row if name != "prompt")
+    ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
+    return rewards.start(
+        asked,
+        [row["prompt"] for row in some],
+        policy.decode(tokenizer, tokens),
+        fields={name: [row.get(name) for row in some] for name in names},
+        prompt_ids=[source.ids(int(i)) for i in indices],
+        completion_ids=[row[where] for row, where in zip(ids, mask, strict=True)],
+    )
+
+
+def verdict_of(scores: rewards.Scores, mask: np.ndarray) -> Verdict:
+    """Scores of rows, on the host, with per-token rewards (0 where there are none) put where their tokens stand."""
+    per_token = np.zeros(mask.shape, np.float32)
+    for i, said in enumerate(scores.per_token or ()):
+        per_token[i, mask[i]] = said
+    arrays: dict[str, Any] = {"total": scores.total, "parts": dict(scores.parts), "per_token": per_token}
+    return Verdict(**arrays)
+
+
+class Leaving(Exception):
+    """A signal came while the run waited for rewards."""
+
+
+def leave_if(stop: Any) -> None:
+    """Stop waiting where a signal came (of several processes none may leave alone)."""
+    if stop.requested is not None and jax.process_count() == 1:
+        raise Leaving
+
+
+class Sampler(NamedTuple):
+    """All that it takes to collect; made once by the program."""
+
+    run: Any
+    mesh: Mesh
+    start: policy.Policy  # model, tokenizer and stop ids; its weights are not used
+    asked: tuple[rewards.Reward, ...]
+    source: Prompts
+    sample: Callable[[Params, Tokens, jax.Array], Rollout]  # compiled
+    greedy: Callable[[Params, Tokens], Rollout] | None  # compiled
+    queue: Experience | None  # an empty queue, where the run has one
+    poll: Callable[[], None]  # raises to stop waiting
+    say: Callable[[str], None]
+
+
+def begin(sampler: Sampler, params: Params, number: int) -> Round:
+    """Sample the batch of prompts `number`, and set its judges to work."""
+    if sampler.run.environment is not None:
+        return _begin_episodes(sampler, params, number)
+    run, source, mesh = sampler.run, sampler.source, sampler.mesh
+    indices = source.batch(number)
+    asked = place_prompts(sampler, number)
+    key = jax.random.fold_in(jax.random.key(run.seed), number)
+    rollout = sampler.sample(params, asked, key)
+    greedy = None if sampler.greedy is None else sampler.greedy(params, asked)
+
+    def start() -> Callable[[], Verdict]:
+        texts = [(np.repeat(indices, run.group), rollout)] + ([(indices, greedy)] if greedy is not None else [])
+        tokenizer = sampler.start.tokenizer
+        judging = [judge(run, sampler.asked, source, i, local(r.tokens, mesh), tokenizer) for i, r in texts]
+        return functools.partial(wait, judging)
+
+    def wait(judging: Sequence[rewards.Judgement]) -> Verdict:
+        patience: dict[str, Any] = {"timeout": run.reward_timeout, "poll": sampler.poll, "say": sampler.say}
+        found = [judgement.result(**patience) for judgement in judging]
+        said = verdict_of(found[0], np.asarray(local(rollout.tokens.mask, mesh)))
+        if len(found) > 1:
+            said = dataclasses.replace(said, greedy=np.repeat(found[1].total, run.group))
+        return reference.place(said, mesh)
+
+    return Round(rollout, start)
+
+
+def place_prompts(sampler: Sampler, number: int) -> Tokens:
+    """The batch of prompts `number` on the devices."""
+    return reference.place(prompt_tokens(sampler.source, sampler.source.batch(number)), sampler.mesh)
+
+
+def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
+    """Episodes of an environment: what it says comes with them."""
+    run, source = sampler.run, sampler.source
+    indices = np.repeat(source.batch(number), run.group)
+    now = sampler.start._replace(params=decoder_params(params))
+    offset = len(indices) * jax.process_index()
+    episodes = play(
+        now,
+        run.environment,
+        [source.rows[int(i)] for i in indices],
+        jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), number), offset),
+        max_new_tokens=run.turn_tokens or run.max_completion,
+        max_length=source.width + run.max_completion,
+        sampling={k: v for k, v in run.sampling().items() if k != "stop_ids"},
+        seed=run.seed + number,
+        timeout=run.reward_timeout,
+        poll=sampler.poll,
+    )
+    total = np.where([f is None for f in episodes.failures], episodes.rewards.sum(1), np.nan).astype(np.float32)
+    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": episodes.rewards}
+    rollout, verdict = reference.place((episodes.rollout, Verdict(**arrays)), sampler.mesh)
+    return Round(rollout, lambda: lambda: verdict)
+
+
+def local(tree: Any, mesh: Mesh) -> Any:
+    """This process's rows of global arrays, as numpy."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.global_array_to_host_local_array(x, mesh, P(sharding.ROWS))), tree
+    )
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    sampler: Sampler, params: Params, queue: Experience | None, draws: int, step: int
+) -> tuple[Experience, Callable[[], Experience | None], int]:
+    """(a batch to train on, what is left in the queue, batches of prompts drawn): through the queue, oldest first.
+
+    The second is a function: with `lag`, rewards of rollouts for later iterations are awaited by it, after the update.
+    """
+    run = sampler.run
+    need, rows = run.batch // jax.process_count() * run.group, queue
+    rows = None if rows is None else take(rows, (rows.born >= 0) & (step - rows.born <= (run.max_age or run.lag)))
+    for _ in range(run.max_rounds):
+        if agreed(rows is not None and len(rows.born) >= need):
+            break
+        a_round = begin(sampler, params, draws)
+        found = _judged(run, a_round.rollout, a_round.judge()(), sampler.mesh, step)
+        rows, draws = found if rows is None else join(rows, found), draws + 1
+    if rows is None or not agreed(len(rows.born) >= need):
+        have = 0 if rows is None else len(rows.born) // run.group
+        raise ValueError(
+            f"after max_rounds={run.max_rounds} rounds of sampling only {have} of {need // run.group} groups have "
+            "different rewards within the group: choose prompts that are neither always nor never solved, a larger "
+            "group, or more max_rounds"
+        )
+    later = [begin(sampler, params, draws + i) for i in range(run.lag - (len(rows.born) - need) // need)]
+    waiting = [(a_round.rollout, a_round.judge()) for a_round in later]  # the judges work while the update runs
+    now, left = take(rows, slice(need)), take(rows, slice(need, None))
+
+    def rest() -> Experience | None:
+        found = (_judged(run, rollout, wait(), sampler.mesh, step) for rollout, wait in waiting)
+        return functools.reduce(join, found, left) if run.max_age or run.lag else None
+
+    return now, rest, draws + len(later)
+
+
+def _judged(run: Any, rollout: Rollout, verdict: Verdict, mesh: Mesh, step: int) -> Experience:
+    """A round on the host, without the groups that are filtered out."""
+    rollout, verdict = local((rollout, verdict), mesh)
+    found = Experience(rollout, verdict, np.full(len(verdict.total), step, np.int32))
+    if not run.filter_groups:
+        return found
+    groups = verdict.total.reshape(-1, run.group)
+    high, low = (np.where(np.isnan(groups), x, groups) for x in (-np.inf, np.inf))
+    return take(found, np.repeat(high.max(1) > low.min(1), run.group))
+
+
+def take(rows: Experience, which: Any) -> Experience:
+    return jax.tree.map(lambda x: x[which], rows)
+
+
+def join(a: Experience, b: Experience) -> Experience:
+    return jax.tree.map(lambda *x: np.concatenate(x), a, b)
+
+
+def agreed(mine: bool) -> bool:
+    """Whether all processes say yes."""
+    if jax.process_count() == 1:
+        return mine
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(mine))))
+
+
+def queued(run: Any) -> bool:
+    """Whether rollouts go through a queue."""
+    return bool(run.lag or run.filter_groups)
+
+
+def empty_queue(rollout: Rollout, parts: Sequence[str], greedy: bool, rows: int) -> Experience:
+    """A queue of `rows` rows that are not there. rollout: abstract, of one round."""
+    nothing = {name: np.zeros(rows, np.float32) for name in ("total", *parts)}
+    tokens = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), rollout)
+    arrays: dict[str, Any] = {"total": nothing.pop("total"), "parts": nothing, "per_token": np.zeros_like(tokens.logps)}
+    arrays["greedy"] = np.zeros(rows, np.float32) if greedy else None
+    return Experience(tokens, Verdict(**arrays), np.full(rows, -1, np.int32))
+
+
+def padded(queue: Experience | None, empty: Experience) -> Experience:
+    """The queue in a fixed shape, for a checkpoint; what does not fit is dropped."""
+    return empty if queue is None else take(join(queue, empty), slice(len(empty.born)))
+
+
+# --- shapes and checks ------------------------------------------------------------------------------------------------
+
+
+def abstract_prompts(run: Any, source: Prompts, mesh: Mesh) -> Tokens:
+    """The shapes of a batch of prompts, for the compiler."""
+    ids = jax.ShapeDtypeStruct((run.batch, source.width), np.int32)
+    arrays: dict[str, Any] = {"ids": ids, "segments": ids, "mask": jax.ShapeDtypeStruct(ids.shape, bool)}
+    return placed(Tokens(**arrays), mesh)
+
+
+def abstract_verdict(rollout: Rollout, parts: Sequence[str], greedy: bool, mesh: Mesh) -> Verdict:
+    row = jax.ShapeDtypeStruct(rollout.finished.shape, np.float32)
+    arrays: dict[str, Any] = {"total": row, "parts": dict.fromkeys(parts, row), "greedy": row if greedy else None}
+    return placed(Verdict(per_token=jax.ShapeDtypeStruct(rollout.logps.shape, np.float32), **arrays), mesh)  # pyright: ignore
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """Abstract arrays with the shardings of a batch."""
+    shardings = sharding.batch_shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def check_on_device(sampler: Sampler, watched: tuple[int, Trace] | None) -> None:
+    """RewardError where a JAX reward gave an earlier iteration a NaN (that row trained nothing)."""
+    if watched is None or not all(one.on_device for one in sampler.asked) or not sampler.asked:
+        return
+    step, trace = watched
+    tokens, parts = local((trace.rollout.tokens, trace.verdict.parts), sampler.mesh)
+    for name, values in parts.items():
+        for row in np.flatnonzero(~np.isfinite(values))[:1]:
+            real, mask = tokens.segments[row] > 0, tokens.mask[row]
+            decode = sampler.start.tokenizer.decode
+            raise rewards.RewardError(
+                f"the reward {name} failed in row {row} of iteration {step}: it returned {values[row]}. Row {row}: prompt "
+                f"{decode(tokens.ids[row][real & ~mask])!r}, completion {decode(tokens.ids[row][mask])!r}"
+            )
+
+
+def fields(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names of the data's fields beside the prompt."""
+    return tuple(dict.fromkeys(name for row in rows for name in row if name != "prompt"))

@@ -1,0 +1,36 @@
+"""Environments: what a policy acts in, for one turn or several, and games of policies against each other.
+
+episodes = environments.play(
+    policy, environments.number_guessing(high=10), rows, key, max_new_tokens=8, max_prompt=64, max_length=192, n=4
+)
+episodes.rollout, episodes.rewards                                       # f32[b t] beside it: one reward an action
+"""
+
+from rljax.environments.calculator import calculator, exercises
+from rljax.environments.dialogue import conversations, customer_service
+from rljax.environments.episodes import play, play_against
+from rljax.environments.number_guessing import best_score, number_guessing, number_guessing_in_tokens
+from rljax.environments.single_turn import question_answering, single_turn
+from rljax.environments.split_coins import split_coins
+from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
+
+__all__ = [
+    "Environment",
+    "Episodes",
+    "Game",
+    "Round",
+    "Text",
+    "Turn",
+    "best_score",
+    "calculator",
+    "conversations",
+    "customer_service",
+    "exercises",
+    "number_guessing",
+    "number_guessing_in_tokens",
+    "play",
+    "play_against",
+    "question_answering",
+    "single_turn",
+    "split_coins",
+]

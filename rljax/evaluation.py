@@ -1,0 +1,149 @@
+"""What the policy of an online run makes of held-out prompts, and what the rewards say of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rljax import collect, data, policy, program, rewards, settings, shaping, tracking, views
+from rljax.environments import play
+from rljax.iteration import Learner
+from rljax.program import Progress
+
+
+class Written(NamedTuple):
+    """Completions of some data rows, with their rewards; all on the host."""
+
+    prompts: list[str]
+    texts: list[str]
+    total: np.ndarray  # f32[n]
+    parts: dict[str, np.ndarray]  # f32[n] each
+    lengths: np.ndarray  # i64[n]; tokens
+    finished: np.ndarray  # bool[n]
+
+
+def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) -> Written:
+    """One completion of each row's prompt, sampled as in training, and judged."""
+    now = setup.start._replace(params=views.decoder_params(learner.train.params))
+    drawn = dataclasses.asdict(settings.sampling(run, ()))
+    drawn.pop("stop_ids")
+    key = jax.random.key(np.uint32(seed))
+    if run.environment is not None:
+        return _episodes(run, setup, now, rows, key, drawn)
+    prompts = [row["prompt"] for row in rows]
+    made = policy.complete(
+        now,
+        prompts,
+        key,
+        max_new_tokens=run.max_completion,
+        batch=min(run.batch * run.group, max(1, len(rows))),
+        max_prompt=run.max_prompt,
+        **drawn,
+    )
+    rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
+    asked = setup.sampler.asked
+    host = tuple(one for one in asked if not one.on_device)
+    total, parts = np.zeros(len(rows), np.float32), {}
+    if host:
+        source = collect.prompts(run, now.tokenizer, rows)
+        judging = collect.judge(run, host, source, range(len(rows)), rollouts.tokens, now.tokenizer)
+        said = judging.result(timeout=run.reward_timeout, poll=setup.sampler.poll, say=setup.sampler.say)
+        total, parts = total + said.total, dict(said.parts)
+    device = tuple(one for one in asked if one.on_device)
+    if device:
+        judge = jax.jit(lambda params, tokens: rewards.judge_on_device(device, params, tokens))
+        found = [jax.device_get(judge(rewards.device_params(device), r.tokens)) for r in made.rollouts]
+        total = total + np.concatenate([one[0] for one in found])
+        parts |= {name: np.concatenate([one[2][name] for one in found]) for name in found[0][2]}
+    return Written(
+        [shown(prompt) for prompt in prompts], made.texts, total, parts, rollouts.tokens.mask.sum(1), rollouts.finished
+    )
+
+
+def shown(prompt: Any) -> str:
+    """A prompt as a text to look at."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, drawn: dict[str, Any]) -> Written:
+    episodes = play(
+        now,
+        run.environment,
+        list(rows),
+        key,
+        max_new_tokens=run.turn_tokens or run.max_completion,
+        max_length=setup.sampler.source.width + run.max_completion,
+        sampling=drawn,
+        seed=run.seed,
+        timeout=run.reward_timeout,
+        poll=setup.sampler.poll,
+    )
+    tokens = episodes.rollout.tokens
+    total = episodes.rewards.sum(1).astype(np.float32)
+    prompts = policy.decode(now.tokenizer, _prompt_part(tokens))
+    parts = {"environment": total}
+    return Written(prompts, episodes.texts, total, parts, tokens.mask.sum(1), episodes.rollout.finished)
+
+
+def _prompt_part(tokens: Any) -> Any:
+    before = (np.cumsum(tokens.mask, axis=1) == 0) & (tokens.segments > 0)
+    return dataclasses.replace(tokens, mask=before)
+
+
+def evaluate(
+    run: Any, setup: Any, learner: Learner, progress: Progress, tracker: tracking.Tracker, step: int, phase: str
+) -> tuple[Progress, dict[str, float] | None]:
+    """Log the rewards of held-out prompts, show samples; (progress, what ranks this state), where something does."""
+    with tracker.phase(f"completing {len(setup.held_out)} held-out prompts" if step == 0 else None):
+        made = write(run, setup, learner, setup.held_out, run.seed)
+    found: dict[str, float | None] = {"reward": mean(made.total), "reward/std": spread(made.total)}
+    found |= {f"rewards/{name}/mean": mean(values) for name, values in made.parts.items()}
+    found["completions/mean_length"] = mean(made.lengths)
+    found["completions/clipped_ratio"] = mean(~made.finished)
+    found = {name: value for name, value in found.items() if value is not None}
+    tracker.log(step, found, prefix="eval/")
+    columns = zip(made.prompts, made.texts, made.total, strict=True)
+    samples = [
+        {"phase": phase, "prompt": p, "completion": t, "reward": None if np.isnan(r) else round(float(r), 4)}
+        for p, t, r in list(columns)[: run.samples]
+    ]
+    tracker.samples(step, samples, title=f"{phase} training" if phase != "during" else f"step {step}")
+    if phase != "during":
+        now = setup.start._replace(params=views.decoder_params(learner.train.params))
+        program.measure(run, now, setup.start.params, tracker, step, phase)
+    return program.rank(run, {f"eval/{name}": value for name, value in found.items()}, progress)
+
+
+def mean(values: np.ndarray) -> float | None:
+    """Over the rows that have a value; None where there are none."""
+    here = np.asarray(values, np.float64)[~np.isnan(np.asarray(values, np.float64))]
+    return float(here.mean()) if len(here) else None
+
+
+def spread(values: np.ndarray) -> float | None:
+    here = values[~np.isnan(values)].astype(np.float64)
+    return float(here.std()) if len(here) else None
+
+
+def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.Tracker) -> Learner:
+    """The learner with the moments of the scores that the policy's samples get before training (1909.08593, 2.1)."""
+    source = setup.sampler.source.rows
+    rows = source.select(np.arange(run.normalize_reference) % len(source))
+    with tracker.phase(f"normalising the reward on {len(rows)} samples of the policy"):
+        scores = write(run, setup, learner, rows, run.seed + 1).total
+    moments = shaping.update_moments(learner.moments, scores, ~np.isnan(scores))
+    std = float(np.sqrt(moments.variance()))
+    tracker.status(f"reward before normalising: mean {float(moments.mean):.3f}, std {std:.3f}")
+    if not std > 0:
+        raise ValueError(
+            f"normalize_reference={run.normalize_reference}: all samples of the policy score {float(moments.mean):g}, so "
+            "there is nothing to scale by; leave it out, or take more samples"
+        )
+    placed = jax.device_put(moments, setup.shardings.moments)
+    return dataclasses.replace(learner, moments=placed)
+
+
+__all__ = ["Written", "evaluate", "reference_moments", "shown", "write"]

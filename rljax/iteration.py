@@ -1,0 +1,196 @@
+"""One iteration of an online run as pure functions: sample, judge, shape, learn; and all of it as one.
+
+`build` gives the parts, for a program whose rewards are on the host, and `whole`, their composition, which is what is
+compiled when the reward is a JAX function. `whole` can be put under `vmap`: a sweep over seeds is one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rljax import advantages, ops, sampling, shaping, train
+from rljax.filters import Sampling
+from rljax.methods import Judged, Method, Notes
+from rljax.rewards import Reward, judge_on_device
+from rljax.shaping import Moments
+from rljax.types import LanguageModel, Mean, Metrics, Params, PolicyBatch, Rollout, Tokens, TrainState, pytree
+from rljax.views import decoder_params
+
+
+@pytree
+class Learner:
+    """All that an online run changes, but for what waits to be trained on (`collect.Buffer`)."""
+
+    iterations: Array  # i32[]
+    train: TrainState  # policy and critic: one tree, one optimizer
+    kl_factor: Array  # f32[]; the KL coefficients are multiplied by it: the adaptive controller's state
+    moments: Moments  # of the scores so far, or of the reference's samples
+    ema: Params | None = None  # moving average of the policy's weights
+
+
+@pytree
+class Verdict:
+    """What rewards said of a rollout, before shaping."""
+
+    total: Array  # f32[b]: the weighted sum; NaN where no reward applies
+    parts: dict[str, Array]  # f32[b] each, unweighted; NaN where it does not apply
+    per_token: Array | None = None  # f32[b t], weighted, within the total
+    greedy: Array | None = None  # f32[b]: of the row's prompt completed greedily
+
+
+class Trace(NamedTuple):
+    """What an iteration went through, to look at."""
+
+    rollout: Rollout
+    verdict: Verdict
+    notes: Notes
+    batch: Any  # what was trained on
+
+
+class Iteration(NamedTuple):
+    """Pure functions; nothing is jitted yet."""
+
+    sample: Callable[[Params, Tokens, Array], Rollout]  # (the run's params, prompts [g p], key) -> n rows a prompt
+    sample_greedy: Callable[[Params, Tokens], Rollout]
+    annotate: Callable[[Params, Params | None, Rollout], Notes]
+    learn: Callable[..., tuple[Learner, Metrics, Trace]]  # (learner, rollout, notes, verdict, pretrain, key)
+    whole: Callable[..., tuple[Learner, Metrics, Trace]]  # (learner, reference, reward params, prompts, pretrain, key)
+
+
+def init_learner(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> Learner:
+    """Before the first iteration."""
+    state = train.init_state(params, optimizer)
+    average = jax.tree.map(jnp.copy, decoder_params(params)) if ema else None
+    return Learner(
+        iterations=jnp.zeros((), jnp.int32),
+        train=state,
+        kl_factor=jnp.ones(()),
+        moments=shaping.init_moments(),
+        ema=average,
+    )
+
+
+def build(
+    run: Any,
+    model: LanguageModel,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    rewards: Sequence[Reward] = (),
+    *,
+    settings: Sampling,
+) -> Iteration:
+    """The iteration of a run (an experiment of `online`) with its method (see methods.py)."""
+    update = train.update_step(method.loss_fn, optimizer, microbatches=run.microbatches)
+    epochs = train.epochs_step(
+        update, epochs=run.epochs, minibatches=run.minibatches, target_kl=getattr(run, "target_kl", None)
+    )
+    draw = dataclasses.asdict(settings) | {"max_new_tokens": run.max_completion}
+
+    def sample(params: Params, prompts: Tokens, key: Array) -> Rollout:
+        decoder = decoder_params(params)
+        return sampling.generate(model, decoder, prompts, jax.random.fold_in(key, 0), n=run.group, **draw)
+
+    def sample_greedy(params: Params, prompts: Tokens) -> Rollout:
+        greedy = draw | {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
+        return sampling.generate(model, decoder_params(params), prompts, jax.random.key(0), **greedy)
+
+    def learn(
+        learner: Learner, rollout: Rollout, notes: Notes, verdict: Verdict, pretrain: Tokens | None, key: Array
+    ) -> tuple[Learner, Metrics, Trace]:
+        judged, moments = shape(run, learner.moments, rollout, verdict)
+        rollout = _untrained_where(rollout, ~judged.applies)
+        batch, metrics = method.batch(rollout, notes, judged, learner.kl_factor)
+        if isinstance(batch, PolicyBatch):
+            batch = dataclasses.replace(batch, pretrain=pretrain)
+        state, updates = epochs(learner.train, batch, jax.random.fold_in(key, 1))
+        learner = Learner(
+            iterations=learner.iterations + 1,
+            train=state,
+            kl_factor=_next_factor(run, learner.kl_factor, metrics, len(judged.scores)),
+            moments=moments,
+            ema=_average(run, learner.ema, state.params),
+        )
+        return learner, {**metrics, **reward_metrics(verdict), **updates}, Trace(rollout, verdict, notes, batch)
+
+    def whole(
+        learner: Learner,
+        reference: Params | None,
+        reward_params: Sequence[Any],
+        prompts: Tokens,
+        pretrain: Tokens | None,
+        key: Array,
+    ) -> tuple[Learner, Metrics, Trace]:
+        params = learner.train.params
+        rollout = sample(params, prompts, key)
+        total, per_token, parts = judge_on_device(rewards, reward_params, rollout.tokens)
+        greedy = None
+        if method.greedy:
+            alone, _, _ = judge_on_device(rewards, reward_params, sample_greedy(params, prompts).tokens)
+            greedy = jnp.repeat(alone, run.group)
+        verdict = Verdict(total=total, parts=parts, per_token=per_token, greedy=greedy)
+        return learn(learner, rollout, method.annotate(params, reference, rollout), verdict, pretrain, key)
+
+    return Iteration(sample, sample_greedy, method.annotate, learn, whole)
+
+
+def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tuple[Judged, Moments]:
+    """Scores as the method sees them: overlong penalty, normalisation, clipping, then what a missing end costs."""
+    applies = ~jnp.isnan(verdict.total)
+    scores = jnp.where(applies, verdict.total, 0.0)
+    scale = jnp.ones(())
+    if run.overlong_buffer is not None:
+        lengths = rollout.tokens.mask.sum(1)
+        scores += shaping.overlong_penalty(lengths, max_length=run.max_completion, buffer=run.overlong_buffer)
+    if run.normalize_running:
+        moments = shaping.update_moments(moments, scores, applies)
+        scores = shaping.running_normalize(scores, moments)
+        scale = shaping.running_normalize(jnp.ones(1), moments)[0]
+    elif run.normalize_reference:
+        mean, std = moments.mean, jnp.sqrt(moments.variance())
+        scores, scale = shaping.standardize(scores, mean=mean, std=std), 1.0 / std
+    if run.score_clip is not None:
+        scores = shaping.clip_scores(scores, low=-run.score_clip, high=run.score_clip)
+    if run.missing_eos_score is not None:
+        scores = shaping.replace_unfinished(scores, rollout.finished, value=run.missing_eos_score)
+    if run.missing_eos_penalty is not None:
+        scores = shaping.penalize_unfinished(scores, rollout.finished, penalty=run.missing_eos_penalty)
+    per_token = None if verdict.per_token is None else verdict.per_token * scale
+    scores = jnp.where(applies, scores, 0.0)
+    return Judged(scores=scores, applies=applies, per_token=per_token, greedy=verdict.greedy), moments
+
+
+def reward_metrics(verdict: Verdict) -> Metrics:
+    """Every reward apart, as its function gave it: rewards/NAME/mean and /std; and how many rows none applied to."""
+    found = {}
+    for name, values in verdict.parts.items():
+        here = ~jnp.isnan(values)
+        mean = ops.masked_mean(values, here)
+        spread = ops.masked_mean(jnp.square(jnp.where(here, values - mean.value(), 0.0)), here)
+        found[f"rewards/{name}/mean"] = mean
+        found[f"rewards/{name}/std"] = ops.masked_mean(jnp.sqrt(spread.value()), here.any())
+    none = jnp.isnan(verdict.total)
+    return {**found, "rewards/none_ratio": ops.masked_mean(none, jnp.ones_like(none))}
+
+
+def _untrained_where(rollout: Rollout, rows: Array) -> Rollout:
+    tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & ~rows[:, None])
+    return dataclasses.replace(rollout, tokens=tokens)
+
+
+def _next_factor(run: Any, factor: Array, metrics: Metrics, rows: int) -> Array:
+    if run.kl_target is None:
+        return factor
+    kl: Mean = metrics["objective/kl"]
+    return advantages.adaptive_kl(factor, kl.value(), target=run.kl_target, horizon=run.kl_horizon, batch_size=rows)
+
+
+def _average(run: Any, ema: Params | None, params: Params) -> Params | None:
+    decay = getattr(run, "ema", None)
+    return ema if ema is None or decay is None else train.average_weights(ema, decoder_params(params), decay=decay)

@@ -1,0 +1,23 @@
+"""Objectives: pure losses bound to a model, as `LossFn`s that a training step can differentiate."""
+
+from rljax.objectives.offline import (
+    comparison,
+    preference,
+    real_rows,
+    reward_scale,
+    sequence_logps,
+    supervised,
+    unpaired,
+)
+from rljax.objectives.online import policy
+
+__all__ = [
+    "comparison",
+    "policy",
+    "preference",
+    "real_rows",
+    "reward_scale",
+    "sequence_logps",
+    "supervised",
+    "unpaired",
+]

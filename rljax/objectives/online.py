@@ -1,0 +1,107 @@
+"""The objective on rollouts: a policy-gradient loss, and what PPO and GRPO add to it, from one look at the tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from rljax import losses, ops
+from rljax.objectives.offline import supervised
+from rljax.types import LanguageModel, LossFn, Mean, Metrics, Params, PolicyBatch
+from rljax.views import Look, View, decoder_params
+
+SURROGATE_INPUTS = ("logps", "old_logps", "advantages", "mask")
+
+
+def policy(
+    look: Look,
+    loss: Callable[..., Array] = losses.ppo_clip_loss,
+    *,
+    aggregate: str = "token_mean",
+    length: int | None = None,
+    entropy_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    value_loss: Callable[..., Array] = losses.value_clip_loss,
+    value_coef: float = 0.1,
+    pretrain: tuple[LanguageModel, float] | None = None,
+) -> LossFn:
+    """surrogate + kl_coef · KL − entropy_coef · H + value_coef · value loss, per token, then `ops.aggregate`.
+
+    look: (params, tokens) -> the log-probabilities, entropies and values of the trained tokens (see `views`).
+    loss: a surrogate `(logps, old_logps, advantages) -> [b t]`; it gets what its parameters are named after, out of
+      logps, old_logps, advantages, mask (so `reinforce_loss(logps, advantages)` fits, and `gspo_loss` with its mask).
+    aggregate, length: see `ops.aggregate`.
+    kl_estimator: of the penalty in the loss (GRPO), where the batch has `ref_logps` and `kl_coef`.
+    value_loss: `(values, old_values, returns) -> [b t]`, where the batch has returns.
+    pretrain: (model, γ) adds γ · negative log-likelihood per token of `batch.pretrain` (PPO-ptx, InstructGPT Eq. 2).
+    """
+    wanted = surrogate_inputs(loss)
+    bounds = clip_bounds(loss)
+
+    def loss_fn(params: Params, batch: PolicyBatch) -> tuple[Any, Metrics]:
+        view, mask = look(params, batch.tokens), batch.tokens.mask
+        given = {"logps": view.logps, "old_logps": batch.old_logps, "advantages": batch.advantages, "mask": mask}
+        surrogate = loss(*(given[name] for name in wanted))
+        if batch.importance is not None:
+            surrogate = surrogate * batch.importance
+        per_token, metrics = surrogate, {"loss/policy_avg": ops.masked_mean(surrogate, mask)}
+        if batch.kl_coef is not None and batch.ref_logps is not None:
+            kl = losses.kl_penalty(view.logps, batch.ref_logps, estimator=kl_estimator)
+            per_token += batch.kl_coef[0] * kl
+            metrics["loss/kl_avg"] = ops.masked_mean(kl, mask)
+        if view.entropy is not None:
+            per_token -= entropy_coef * view.entropy
+            metrics["policy/entropy_avg"] = ops.masked_mean(view.entropy, mask)
+        if batch.returns is not None and batch.old_values is not None and view.values is not None:
+            value = value_loss(view.values, batch.old_values, batch.returns)
+            per_token += value_coef * value
+            metrics["loss/value_avg"] = ops.masked_mean(value, mask)
+        metrics |= _distance(view, batch, bounds)
+        objective = ops.aggregate(per_token, mask, mode=aggregate, length=length)
+        if pretrain is None:
+            return objective, metrics
+        model, coef = pretrain
+        nll, _ = supervised(model)(decoder_params(params), batch.pretrain)
+        metrics["loss/pretrain_avg"] = nll
+        return (objective, Mean(total=coef * nll.total, weight=nll.weight)), metrics
+
+    return loss_fn
+
+
+def _distance(view: View, batch: PolicyBatch, bounds: dict[str, float] | None) -> Metrics:
+    """How far the policy is from the one that sampled."""
+    mask, moved = batch.tokens.mask, view.logps - batch.old_logps
+    metrics = {
+        "policy/approxkl_avg": ops.masked_mean(0.5 * moved**2, mask),
+        "val/ratio": ops.masked_mean(jnp.exp(moved), mask),
+    }
+    if bounds is not None:
+        clipped = losses.clip_fraction(view.logps, batch.old_logps, batch.advantages, **bounds)
+        metrics["policy/clipfrac_avg"] = ops.masked_mean(clipped, mask)
+    return metrics
+
+
+def surrogate_inputs(loss: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a surrogate's positional parameters. ValueError for a name that no rollout can fill."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(loss).parameters.values()
+    names = tuple(p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty)
+    unknown = [name for name in names if name not in SURROGATE_INPUTS]
+    if unknown or not names:
+        raise ValueError(
+            f"the loss {getattr(loss, '__name__', loss)} takes {', '.join(names) or 'nothing'}: its positional "
+            f"parameters must be named after what a rollout has ({', '.join(SURROGATE_INPUTS)}), its options keyword-only"
+        )
+    return names
+
+
+def clip_bounds(loss: Callable[..., Any]) -> dict[str, float] | None:
+    """{"clip_low", "clip_high"} as set in a loss on per-token ratios; None where it has none or clips sequences."""
+    parameters = inspect.signature(loss).parameters
+    found = {name: parameters[name].default for name in ("clip_low", "clip_high") if name in parameters}
+    numbers = all(isinstance(value, int | float) for value in found.values())
+    return found if len(found) == 2 and numbers and "mask" not in parameters else None

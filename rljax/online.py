@@ -1,0 +1,412 @@
+"""The program whose batches come from the policy: PPO, GRPO and their families, online DPO, expert iteration.
+
+`run` reads from top to bottom: set up, check, loop, report. An iteration is
+
+    sample      the policy completes a batch of prompts, `group` times each
+    annotate    reference log-probabilities and values, while the host's rewards judge
+    learn       rewards are shaped, a batch is made of all that (methods.py), the weights are updated on it
+
+and nothing else. Where the rewards are JAX functions the three are one compiled function. Everything an iteration does
+is a function of (seed, iteration, state), and the state is what a checkpoint holds: a run that was killed goes on to
+the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from rljax import (
+    collect,
+    critics,
+    data,
+    evaluation,
+    evidence,
+    iteration,
+    methods,
+    models,
+    policy,
+    program,
+    reference,
+    report,
+    rewards,
+    sampling,
+    selfchecks,
+    settings,
+    sharding,
+    tracking,
+    views,
+)
+from rljax.checkpoint import Checkpoints
+from rljax.iteration import Learner, Trace
+from rljax.program import Evaluation, Progress
+from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient, Sampled
+from rljax.types import Mean, Metrics, Params, Tokens
+
+__all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
+
+HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence", "reward_timeout")
+HEADLINE = "objective/scores"
+
+
+class Setup(NamedTuple):
+    """Everything that a run is made of, before its first iteration."""
+
+    start: policy.Policy  # where training starts, and the reference
+    method: methods.Method
+    sampler: collect.Sampler
+    held_out: data.Rows
+    learner: Learner
+    shardings: Learner
+    reference: Params | None
+    reward_params: tuple[Any, ...]
+    annotate: Callable[..., methods.Notes]  # compiled, as are the next two; None where `whole` does it
+    learn: Callable[..., Any] | None
+    whole: Callable[..., Any] | None  # where all rewards are JAX functions
+    pretrain: Callable[[int], Tokens | None]  # iteration -> pretraining text
+    look: Callable[[Params, Tokens], jax.Array]  # compiled: f32[b t] log-probabilities
+    schedule: optax.Schedule
+    memory: Any  # the compiler's analysis of the update
+
+
+class State(NamedTuple):
+    """What a checkpoint holds, beside `Progress`."""
+
+    learner: Learner
+    queue: collect.Experience | None  # judged rollouts that wait to be trained on
+
+
+def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
+    """Train what the experiment describes, in its run folder; resume there if it was begun. Returns the exit status:
+    0, or 128 + the signal's number when Ctrl-C or SIGTERM ended the run (saved, to be resumed by the same command).
+    """
+    program.check_settings(experiment)
+    settings.check(experiment)
+    folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
+    ranked: dict[str, Any] = {"best_metric": experiment.best, "best_mode": experiment.best_mode}
+    with tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
+        tracking.write_manifest(
+            folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
+        )
+        with (
+            Checkpoints(folder / "checkpoints", keep=experiment.keep, **ranked) as checkpoints,
+            _tracker(experiment, folder, checkpoints.latest()) as tracker,
+        ):
+            setup = set_up(experiment, mesh, folder, tracker, stop)
+            state, progress = _begin(experiment, setup, checkpoints, tracker)
+            _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
+    if stop.requested is not None:
+        return 128 + signal.Signals[stop.requested].value
+    if jax.process_index() == 0:
+        print(f"\nreport: {report.write_report(folder)}\nexport: rljax export {folder} FOLDER")
+    return 0
+
+
+def selfcheck(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
+    """Only what a run does before its first iteration: set everything up, check it, say what was found."""
+    program.check_settings(experiment)
+    settings.check(experiment)
+    folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
+    with (
+        tracking.lock(folder),
+        tracking.graceful_stop() as stop,
+        jax.set_mesh(mesh),
+        tracking.Tracker(folder / "selfcheck", total_steps=experiment.steps, tensorboard=False) as tracker,
+    ):
+        setup = set_up(experiment, mesh, folder, tracker, stop)
+        return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
+
+
+def set_up(
+    run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker, stop: tracking.Stop
+) -> Setup:
+    """Policy, prompts, rewards, state on its shardings, compiled functions: in this order, each needing those before."""
+    with tracker.phase(f"loading {run.model}"):
+        start = program.load_policy(run, mesh)
+        critic = critics.load(run, start, mesh) if isinstance(run, PPO) else None
+    train_rows, held_out = program.read_rows(run, start, folder, tracker)
+    for rows in (train_rows, held_out):
+        data.check(rows, data.prompt_row if run.environment is None else dict)
+    asked = () if run.reward is None else rewards.as_rewards(run.reward)
+    rewards.check_fields(asked, collect.fields(train_rows[:1]))
+    drawn = settings.sampling(run, start.stop_ids)
+    method = _method(run, start, critic, drawn)
+    optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
+    learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
+    learner, shardings = program.place_state(learner, models.RULES, mesh)
+    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
+    source = collect.prompts(run, start.tokenizer, train_rows)
+    pretrain = _pretrain(run, start, mesh)
+    base = start.params if method.reference else None
+    reward_params = rewards.device_params(asked)
+    example = (learner, base, reward_params, collect.abstract_prompts(run, source, mesh), pretrain(0))
+    compiled = _compile(run, parts, method, shardings, example, [one.name for one in asked], tracker)
+    sampler = collect.Sampler(
+        run=run,
+        mesh=mesh,
+        start=start,
+        asked=asked,
+        source=source,
+        sample=compiled["sample"],
+        greedy=compiled["greedy"],
+        queue=compiled["queue"],
+        poll=functools.partial(collect.leave_if, stop),
+        say=tracker.status,
+    )
+    plain = views.of_policy(start.model, sampling=drawn, max_trained=run.max_completion)
+    return Setup(
+        start=start,
+        method=method,
+        sampler=sampler,
+        held_out=held_out,
+        learner=learner,
+        shardings=shardings,
+        reference=base,
+        reward_params=reward_params,
+        annotate=compiled["annotate"],
+        learn=compiled["learn"],
+        whole=compiled["whole"],
+        pretrain=pretrain,
+        look=jax.jit(lambda params, tokens: plain(params, tokens).logps),
+        schedule=schedule,
+        memory=(compiled["whole"] or compiled["learn"]).memory_analysis(),
+    )
+
+
+def _compile(
+    run: Sampled,
+    parts: iteration.Iteration,
+    method: methods.Method,
+    shardings: Learner,
+    example: tuple[Any, ...],
+    names: Sequence[str],
+    tracker: tracking.Tracker,
+) -> dict[str, Any]:
+    """Each function once, before the first iteration; another shape would be an error then, not a recompile."""
+    learner, base, reward_params, asked, text = example
+    key, params = jax.random.key(0), learner.train.params
+    mesh = asked.ids.sharding.mesh
+    rolled = jax.eval_shape(parts.sample, params, asked, key)
+    if run.environment is not None:
+        names = ["environment"]
+    rollout = collect.placed(rolled, mesh)
+    rows = jax.tree.map(lambda x: x.sharding, rollout)
+    found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
+    if collect.queued(run):
+        found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=_local_rows(run) * (run.lag or 1))
+    out = {"out_shardings": (shardings, None, None)}
+    if run.reward is not None and all(one.on_device for one in rewards.as_rewards(run.reward)) and not collect.queued(run):
+        with tracker.phase("compiling the iteration"):
+            whole = jax.jit(parts.whole, donate_argnums=0, **out)
+            found["whole"] = whole.lower(learner, base, reward_params, asked, text, key).compile()
+        return found
+    with tracker.phase("compiling the sampler"):
+        if run.environment is None:
+            found["sample"] = jax.jit(parts.sample, out_shardings=rows).lower(params, asked, key).compile()
+        if method.greedy:
+            found["greedy"] = jax.jit(parts.sample_greedy).lower(params, asked).compile()
+    with tracker.phase("compiling the update"):
+        notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
+        shaped = jax.tree.map(lambda x: x.sharding, notes)
+        found["annotate"] = jax.jit(parts.annotate, out_shardings=shaped).lower(params, base, rollout).compile()
+        verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
+        learn = jax.jit(parts.learn, donate_argnums=0, **out)
+        found["learn"] = learn.lower(learner, rollout, notes, verdict, text, key).compile()
+    return found
+
+
+def _tracker(run: Sampled, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
+    return tracking.Tracker(
+        folder,
+        total_steps=run.steps,
+        resumed=resumed,
+        shown=HEADLINE,
+        wandb="rljax" if run.wandb else None,
+        config=program.describe(run),
+    )
+
+
+def _method(run: Sampled, start: policy.Policy, critic: Any, drawn: Any) -> methods.Method:
+    match run:
+        case PPO():
+            return methods.ppo(run, start.model, start.params, critic, drawn)
+        case PolicyGradient():
+            return methods.policy_gradient(run, start.model, start.params, drawn)
+        case OnlinePreference():
+            return methods.preference(run, start.model, start.params, drawn)
+        case Imitation():
+            return methods.imitation(run, start.model, start.params, drawn)
+    raise ValueError(
+        f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}"
+    )
+
+
+def _begin(
+    run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker
+) -> tuple[State, Progress]:
+    """From the last checkpoint, or checked and measured at the very beginning."""
+    latest = checkpoints.latest()
+    if latest is not None:
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), setup.learner, setup.shardings
+        )
+        state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
+        tracker.status(f"resumed at step {latest}")
+        queue = jax.tree.map(np.asarray, state.get("queue"))
+        return State(state["learner"], queue), Progress(**progress)
+    learner = setup.learner
+    if run.checks and not selfchecks.report(_checks(run, setup, tracker), tracker.status):
+        raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
+    if run.normalize_reference:
+        learner = evaluation.reference_moments(run, setup, learner, tracker)
+    evaluation.evaluate(run, setup, learner, Progress(), tracker, 0, "before")
+    return State(learner, None), Progress()
+
+
+def _saved(setup: Setup, state: State) -> dict[str, Any]:
+    """The pytree of a checkpoint: the queue in its fixed shape, where the run has one."""
+    saved = {"learner": state.learner}
+    if setup.sampler.queue is not None:
+        saved["queue"] = reference.place(collect.padded(state.queue, setup.sampler.queue), setup.sampler.mesh)
+    return saved
+
+
+def _loop(
+    run: Sampled,
+    setup: Setup,
+    state: State,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    tracker: tracking.Tracker,
+    stop: tracking.Stop,
+) -> None:
+    """Iterations until the last, until `patience` runs out, until a signal comes or a reward fails; saved in all cases."""
+
+    def save(step: int, measured: dict[str, float] | None = None) -> None:
+        tracker.flush()
+        checkpoints.save(step, _saved(setup, state), progress._asdict(), measured)
+
+    watched: tuple[int, Trace] | None = None
+    at = run.steps if progress.done else int(state.learner.iterations)
+    while at < run.steps:
+        try:
+            state, progress, metrics, trace = _advance(run, setup, state, progress, at)
+            at += 1
+            collect.check_on_device(setup.sampler, watched)  # of the iteration before: the device need not wait
+        except collect.Leaving:
+            return save(at)
+        except rewards.RewardError:
+            save(at)
+            raise
+        watched = (at, trace)
+        rate = Mean(total=setup.schedule(state.learner.train.step - 1), weight=jnp.ones(()))
+        tracker.log(at, {**metrics, "learning_rate": rate}, tokens=jnp.count_nonzero(trace.rollout.tokens.segments))
+
+        due, leaving, measured = at % run.eval_every == 0 or at == run.steps, stop.agreed(at) is not None, None
+        if due:
+            tracker.evidence(at, _evidence(run, setup, state.learner, trace))
+            phase = "after" if at == run.steps else "during"
+            progress, measured = evaluation.evaluate(run, setup, state.learner, progress, tracker, at, phase)
+        done = at == run.steps or progress.waited >= (run.patience or np.inf)
+        progress = progress._replace(done=done)
+        better = due and run.best is not None and progress.waited == 0
+        if done or leaving or better or at % run.save_every == 0:
+            save(at, measured)
+        if done or leaving:
+            break
+    collect.check_on_device(setup.sampler, watched)
+
+
+def _advance(
+    run: Sampled, setup: Setup, state: State, progress: Progress, at: int
+) -> tuple[State, Progress, Metrics, Trace]:
+    """One iteration, after `at` of them: the heart of the program."""
+    learner, sampler, draws = state.learner, setup.sampler, progress.draws
+    key, text = jax.random.fold_in(jax.random.key(run.seed), at), setup.pretrain(at)
+    if setup.whole is not None:
+        asked = collect.place_prompts(sampler, draws)
+        learner, metrics, trace = setup.whole(learner, setup.reference, setup.reward_params, asked, text, key)
+        return State(learner, None), progress._replace(draws=draws + 1), metrics, trace
+
+    assert setup.learn is not None
+    queue, params = None, learner.train.params
+    if sampler.queue is not None:  # rollouts that wait, or are filtered
+        now, rest, draws = collect.collect(sampler, params, state.queue, draws, at)
+        rollout, verdict = reference.place((now.rollout, now.verdict), sampler.mesh)
+        notes = setup.annotate(params, setup.reference, rollout)
+        learner, metrics, trace = setup.learn(learner, rollout, notes, verdict, text, key)
+        age = np.asarray(at - now.born, np.float32)
+        metrics["sampling/age"] = Mean(total=jnp.asarray(age.sum()), weight=jnp.asarray(float(len(age))))
+        queue = rest()
+    else:
+        a_round, draws = collect.begin(sampler, params, draws), draws + 1
+        notes = setup.annotate(params, setup.reference, a_round.rollout)  # the device works while the host judges
+        verdict = a_round.judge()()
+        learner, metrics, trace = setup.learn(learner, a_round.rollout, notes, verdict, text, key)
+    return State(learner, queue), progress._replace(draws=draws), metrics, trace
+
+
+def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int], Tokens | None]:
+    """iteration -> packed rows of pretraining text (PPO-ptx), where the run wants some."""
+    source = getattr(run, "pretrain_data", None)
+    if source is None:
+        return lambda _: None
+    assert isinstance(run, PPO)
+    rows, length = data.read(source, split=run.split), run.max_prompt + run.max_completion
+    data.check(rows, data.text_row)
+    example = functools.partial(data.text_example, tokenizer=start.tokenizer, max_length=length)
+    packed = data.pack(data.tokenize(rows, example), length)
+    batches = data.Batches(
+        lambda indices: data.pad([packed[i] for i in indices], length), len(packed), run.pretrain_batch, run.seed
+    )
+    return lambda number: reference.place(batches(number), mesh)
+
+
+def _local_rows(run: Sampled) -> int:
+    return run.batch // jax.process_count() * run.group
+
+
+def _evidence(run: Sampled, setup: Setup, learner: Learner, trace: Trace) -> list[dict[str, Any]]:
+    """Records of the first rows of an iteration, with their tokens' ratios after it."""
+    if not run.evidence or jax.process_count() > 1:
+        return []
+    after = setup.look(views.decoder_params(learner.train.params), trace.rollout.tokens)
+    return evidence.rows_of(trace, after, setup.start.tokenizer, run.evidence, getattr(run, "loss", None))
+
+
+def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfchecks.Check]:
+    """What a run finds out about itself before its first iteration."""
+    now = setup.start
+    checks = [selfchecks.learning_rate(setup.schedule, run.steps * run.epochs * run.minibatches)]
+    checks.append(selfchecks.memory(setup.memory))
+    with tracker.phase("checking a first rollout"):
+        rollout = _first_rollout(run, setup)
+        checks.append(selfchecks.sampled_tokens(rollout, now.tokenizer, now.stop_ids))
+        checks.append(selfchecks.companions(now, rollout.tokens))
+        checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids)))
+        start = views.decoder_params(setup.learner.train.params)
+        checks.append(selfchecks.same_policy(setup.look, start, now.params, rollout))
+        checks.append(selfchecks.first_surrogate(run))
+    return checks
+
+
+def _first_rollout(run: Sampled, setup: Setup) -> Any:
+    """What the untrained policy makes of the first prompts, on the host."""
+    if setup.whole is None:
+        return collect.local(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout, setup.sampler.mesh)
+    asked = collect.place_prompts(setup.sampler, 0)
+    drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
+    made = sampling.generate(
+        setup.start.model, setup.start.params, asked, jax.random.key(run.seed), max_new_tokens=run.max_completion, **drawn
+    )
+    return collect.local(made, setup.sampler.mesh)

@@ -1,0 +1,45 @@
+"""Rewards that are JAX functions, as part of a compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from rljax import ops
+from rljax.rewards.core import Reward
+from rljax.types import Tokens
+
+
+def device_params(rewards: Sequence[Reward]) -> tuple[Any, ...]:
+    """The weights of on-device rewards, for `judge_on_device`: an argument of the program that calls it."""
+    return tuple(one.params for one in rewards)
+
+
+def judge_on_device(
+    rewards: Sequence[Reward], params: Sequence[Any], tokens: Tokens
+) -> tuple[Array, Array | None, dict[str, Array]]:
+    """(total f32[b], per_token f32[b t] | None, parts {name: f32[b]}) of on-device rewards. Pure and jittable.
+
+    params: one entry a reward (see `device_params`), passed in so that weights are not compiled in as constants.
+    As in `Scores`: total is the weighted sum, per-token rewards with their sum over tokens.mask; per_token is weighted,
+    and 0 where the mask is False; parts are unweighted. NaN is not looked for here: it goes into the total, where the
+    caller finds it.
+    """
+    b, t = tokens.ids.shape
+    total, per_token, parts = jnp.zeros((b,), jnp.float32), None, {}
+    for one, weights in zip(rewards, params, strict=True):
+        said = ops.as_float(one.fn(tokens) if weights is None else one.fn(weights, tokens))
+        if said.shape == (b, t):
+            said = jnp.where(tokens.mask, said, 0.0)
+            per_token = one.weight * said + (0.0 if per_token is None else per_token)
+            said = jnp.sum(said, axis=1)
+        if said.shape != (b,):
+            raise ValueError(
+                f"the on-device reward {one.name} returned an array of shape {said.shape} for tokens of shape "
+                f"{(b, t)}: return {(b,)}, one number a row, or {(b, t)}, one a token"
+            )
+        total, parts[one.name] = total + one.weight * said, said
+    return total, per_token, parts

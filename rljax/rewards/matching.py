@@ -1,0 +1,114 @@
+"""Rewards of 0 and 1: does a completion hold the answer, or have the form that was asked for."""
+
+from __future__ import annotations
+
+import decimal
+import functools
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+
+THINK_ANSWER = (
+    r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"  # each tag once, thoughts first
+)
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
+# A sign belongs to the number unless it stands behind one (3-2), and a currency may stand between them (-$5).
+_NUMBER = re.compile(rf"(?P<sign>(?<![\w)\].])-)?[$€£]?(?P<top>{_PLAIN})(?:/(?P<bottom>{_PLAIN}))?")
+_MARKED = re.compile(rf"####\s*(?=-?[$€£]?(?:{_PLAIN}))")
+
+
+def exact_match(prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any]) -> list[float | None]:
+    """1 where the whole completion is the answer, else 0.
+
+    answer: a text or number a row, or a list of accepted ones; None does not apply. Both sides are brought to one form
+      first (`normalize`): capital letters, white space and a final full stop do not count.
+    """
+    return [
+        None if wanted is None else float(normalize(completion) in {normalize(str(one)) for one in accepted(wanted)})
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
+
+
+def normalize(text: str) -> str:
+    """Unicode NFKC, case-folded, runs of white space as one space, none around, no full stop at the end."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).removesuffix(".").rstrip()
+
+
+def accepted(answer: Any) -> list[Any]:
+    """The accepted answers of a row's field: one, or each of a list."""
+    return list(answer) if isinstance(answer, Sequence) and not isinstance(answer, str) else [answer]
+
+
+def numeric_match(
+    prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], tolerance: float = 0.0
+) -> list[float | None]:
+    """1 where the completion's number is that of the answer, else 0; 0 too where the completion has no number.
+
+    A text's number is the one after its last "####" (as in GSM8K), else the last in it: -3, 1,234.50, $5, 1e-3, 12%
+    (which is 12) or a fraction 3/4. Numbers are compared as decimals (0.1 is 0.10), never evaluated.
+    answer: a number or a text with one, a whole GSM8K solution for instance; None does not apply; one without a number
+      is a ValueError. tolerance: how far apart the two may be.
+    """
+    found: list[float | None] = []
+    for completion, wanted in zip(completions, answer, strict=True):
+        if wanted is None:
+            found.append(None)
+            continue
+        goal, said = last_number(str(wanted)), last_number(completion)
+        if goal is None:
+            raise ValueError(f"numeric_match: there is no number in the field answer: {wanted!r}")
+        found.append(float(said is not None and _close(said, goal, tolerance)))
+    return found
+
+
+def last_number(text: str) -> Decimal | None:
+    """The number that a text comes to (see `numeric_match`), or None where it has none."""
+    text = text.replace("−", "-")
+    marks = [mark.end() for mark in _MARKED.finditer(text)]
+    matches = [_NUMBER.match(text, marks[-1])] if marks else list(_NUMBER.finditer(text))
+    return _value(matches[-1]) if matches and matches[-1] else None
+
+
+def _value(match: re.Match[str]) -> Decimal | None:
+    top, bottom = (Decimal((match[part] or "1").replace(",", "")) for part in ("top", "bottom"))
+    with decimal.localcontext() as context:
+        context.traps[decimal.InvalidOperation] = context.traps[decimal.DivisionByZero] = False
+        value = top / bottom if match["bottom"] else top
+    if not value.is_finite():
+        return None
+    return value.copy_negate() if match["sign"] else value
+
+
+def _close(a: Decimal, b: Decimal, tolerance: float) -> bool:
+    return a == b or (tolerance > 0 and abs(a - b) <= Decimal(tolerance))
+
+
+def regex_match(prompts: Sequence[Any], completions: Sequence[str], *, pattern: str | Sequence[str]) -> list[float]:
+    """1 where `pattern` is found somewhere in the completion, else 0.
+
+    pattern: a Python regular expression, bound with functools.partial(regex_match, pattern=…), or a field of the data
+      with one a row. (?i) at its start ignores case, (?s) lets a dot match line ends. A pattern with nested repetition,
+      such as (a+)+, can take for ever on some texts: that reward is then not done in time, and the run stops.
+    """
+    patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
+    return [float(_compiled(one).search(text) is not None) for one, text in zip(patterns, completions, strict=True)]
+
+
+def format_reward(prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK_ANSWER) -> list[float]:
+    """1 where the whole completion (white space around it aside) has the form `pattern`, else 0.
+
+    pattern: a Python regular expression in which a dot matches line ends too; the default wants
+      <think>…</think> <answer>…</answer>, each once (DeepSeek-R1, arXiv:2501.12948). See `regex_match` for its risk.
+    """
+    compiled = _compiled(pattern, re.DOTALL)
+    return [float(compiled.fullmatch(completion.strip()) is not None) for completion in completions]
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,150 @@
+"""Rewards by the words that a completion shares with a reference, all in [0, 1].
+
+The reference is the data's field `reference`, or its field `answer` where there is none: a text a row, or a list of
+texts of which the best counts (BLEU and chrF take all at once); None does not apply to the row.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rljax.rewards.matching import accepted
+from rljax.rewards.text import needs
+
+
+def bleu(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+) -> list[float | None]:
+    """Sentence BLEU by sacrebleu / 100: exponential smoothing, orders without any n-gram left out, 13a tokens."""
+    metric = _sacrebleu("BLEU", effective_order=True)
+    return _each(
+        completions, references("bleu", answer, reference), lambda c, r: metric.sentence_score(c, r).score / 100
+    )
+
+
+def chrf(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+    word_order: int = 0,
+) -> list[float | None]:
+    """Sentence chrF2 by sacrebleu / 100, over character 6-grams (Popović 2015); word_order=2 is chrF++."""
+    metric = _sacrebleu("CHRF", word_order=word_order)
+    return _each(
+        completions, references("chrf", answer, reference), lambda c, r: metric.sentence_score(c, r).score / 100
+    )
+
+
+def rouge_1(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+) -> list[float | None]:
+    """ROUGE-1 F1 by rouge-score (Lin 2004), without stemming: words."""
+    return _rouge("rouge1", completions, references("rouge_1", answer, reference))
+
+
+def rouge_2(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+) -> list[float | None]:
+    """ROUGE-2 F1 by rouge-score (Lin 2004), without stemming: pairs of words."""
+    return _rouge("rouge2", completions, references("rouge_2", answer, reference))
+
+
+def rouge_l(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+) -> list[float | None]:
+    """ROUGE-L F1 by rouge-score (Lin 2004), without stemming: the longest common subsequence of words."""
+    return _rouge("rougeL", completions, references("rouge_l", answer, reference))
+
+
+def token_f1(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    answer: Sequence[Any] | None = None,
+    reference: Sequence[Any] | None = None,
+) -> list[float | None]:
+    """F1 of the words shared with the reference, as SQuAD scores answers (Rajpurkar et al. 2016, arXiv:1606.05250).
+
+    Words are lower-cased, without punctuation and the articles a, an, the. Two texts without words agree (1), one
+    without and one with do not (0).
+    """
+    return _each(completions, references("token_f1", answer, reference), lambda c, r: max(_f1(c, one) for one in r))
+
+
+def references(name: str, answer: Sequence[Any] | None, reference: Sequence[Any] | None) -> list[list[str] | None]:
+    """The reference texts of each row."""
+    column = answer if reference is None else reference
+    if column is None:
+        raise ValueError(f"the reward {name} compares with a reference: the data needs a field reference, or answer")
+    found = [None if one is None else [str(text) for text in accepted(one)] for one in column]
+    if [] in found:
+        raise ValueError(f"the reward {name}: row {found.index([])} has an empty list of references; give null instead")
+    return found
+
+
+def _each(
+    completions: Sequence[str],
+    wanted: Sequence[list[str] | None],
+    score: Callable[[str, list[str]], float],
+) -> list[float | None]:
+    return [None if r is None else float(score(c, r)) for c, r in zip(completions, wanted, strict=True)]
+
+
+def squad_words(text: str) -> list[str]:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, split at white space."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def _f1(completion: str, reference: str) -> float:
+    said, wanted = squad_words(completion), squad_words(reference)
+    if not said or not wanted:
+        return float(said == wanted)
+    common = sum((collections.Counter(said) & collections.Counter(wanted)).values())
+    return 2.0 * common / (len(said) + len(wanted))
+
+
+def _rouge(kind: str, completions: Sequence[str], wanted: Sequence[list[str] | None]) -> list[float | None]:
+    scorer = _rouge_scorer(kind)
+    return _each(completions, wanted, lambda c, r: max(scorer.score(one, c)[kind].fmeasure for one in r))
+
+
+@functools.cache
+def _rouge_scorer(kind: str) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ValueError(needs(kind, "rouge-score")) from error
+    return RougeScorer([kind])
+
+
+@functools.cache
+def _sacrebleu(metric: str, **settings: Any) -> Any:
+    try:
+        from sacrebleu import metrics
+    except ImportError as error:
+        raise ValueError(needs(metric, "sacrebleu")) from error
+    return getattr(metrics, metric)(**settings)

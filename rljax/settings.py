@@ -1,0 +1,164 @@
+"""The settings of online runs: what they share, and what each kind adds. Fields only, as in `program.Run`.
+
+Defaults are those of the papers that `presets.py` names; where a preset exists, start from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+from rljax import advantages, losses
+from rljax.environments import Environment
+from rljax.filters import Sampling
+from rljax.program import Run
+
+DPO = functools.partial(losses.dpo_loss, beta=0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled(Run):
+    """What every run shares whose data the policy writes. `batch` counts prompts; each is answered `group` times."""
+
+    # a reward: (prompts, completions, **fields of the rows) -> numbers; several in a tuple (rljax.rewards); or an
+    # environment, which gives its own rewards
+    reward: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None
+    environment: Environment | None = None
+    turn_tokens: int | None = None  # of one action in an environment; None: max_completion, the row's budget
+    reward_timeout: float | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
+
+    group: int = 1  # completions of each prompt
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    min_new_tokens: int = 0
+
+    epochs: int = 1  # passes over the rollouts of an iteration
+    minibatches: int = 1  # updates per pass
+    old_logps: Literal["sampler", "trainer"] = "sampler"  # trainer: computed again before the update, by one more pass
+    importance_cap: float | None = None  # with "trainer": weights min(π_old / π_sampler, cap) (2505.24034's TIS: 2)
+
+    kl_reward: float = 0.0  # coefficient of the KL penalty in the reward
+    kl_estimator: str = "k1"  # of the KL in the reward
+    kl_loss: float = 0.0  # coefficient of the KL penalty in the loss
+    kl_loss_estimator: str = "k3"
+    kl_target: float | None = None  # nats a sequence: both coefficients follow it (1909.08593); None: fixed
+    kl_horizon: int = 10_000  # episodes
+    log_kl: bool = False  # measure the KL to the reference also where no penalty needs it
+
+    missing_eos_score: float | None = None  # takes the place of the score of a completion that did not end
+    missing_eos_penalty: float | None = None  # is subtracted from it
+    overlong_buffer: int | None = None  # tokens before the budget's end over which a penalty rises to 1 (DAPO)
+    score_clip: float | None = None  # scores are limited to ±score_clip
+    normalize_running: bool = False  # divide scores by the running standard deviation
+    normalize_reference: int = 0  # bring scores of so many samples of the initial policy to mean 0, std 1, once
+
+    filter_groups: bool = False  # sample until the batch is full of groups with different rewards (DAPO)
+    max_rounds: int = 10  # of sampling for one batch
+    lag: int = 0  # train on rollouts of so many iterations ago: their host rewards had an update's time
+    max_age: int = 0  # with filter_groups: leftover groups may wait so many iterations
+
+    evidence: int = 4  # rows whose tokens are kept at every evaluation, for `rljax inspect`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPO(Sampled):
+    """Proximal policy optimisation with a critic (1707.06347, as in 1909.08593 and 2403.17031)."""
+
+    loss: Callable[..., Any] = losses.ppo_clip_loss
+    aggregate: str = "token_mean"
+    entropy_coef: float = 0.0
+
+    critic: str = "policy"  # where it starts: "policy" (its decoder), a reward model's folder or run, or "shared":
+    # no decoder of its own, a value head on the policy's
+    value_loss: Callable[..., Any] = functools.partial(losses.value_clip_loss, clip=0.2)
+    value_coef: float = 0.1
+    gamma: float = 1.0
+    lam: float = 0.95
+    whiten_rewards: bool = False  # without shifting the mean
+    whiten_advantages: bool = True
+    whiten_ddof: int = 1  # 0: OpenAI's biased variance
+    target_kl: float | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
+
+    kl_reward: float = 0.05
+    epochs: int = 4
+    ema: float | None = None  # decay of an average of the policy's weights, which is what is exported
+    pretrain_data: str | None = None  # {"text"} rows: PPO-ptx
+    pretrain_coef: float = 27.8
+    pretrain_batch: int = 8  # rows of max_prompt + max_completion tokens beside the rollouts of an iteration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyGradient(Sampled):
+    """Policy gradients without a critic: REINFORCE, RLOO, ReMax, GRPO and their family."""
+
+    loss: Callable[..., Any] = losses.ppo_clip_loss
+    # (rewards [g n]) -> [g n]; with a parameter `greedy` [g] it gets the scores of greedy completions; with a
+    # parameter `mask` it works on tokens, (rewards [b t], mask) -> [b t]
+    advantage: Callable[..., Any] = functools.partial(advantages.group_relative, divide_by_std=True)
+    aggregate: str = "seq_mean_token_mean"
+    entropy_coef: float = 0.0
+    whiten_advantages: bool = False
+    whiten_ddof: int = 1
+    target_kl: float | None = None
+    ema: float | None = None
+    group: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlinePreference(Sampled):
+    """Direct preference learning on the policy's own samples: the best of each group against the worst (2402.04792)."""
+
+    loss: Callable[..., Any] = DPO
+    average: bool = False
+    group: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Imitation(Sampled):
+    """Supervised fine-tuning on the best of each group: best-of-n, expert iteration, RAFT (2304.06767)."""
+
+    threshold: float | None = None  # only completions whose score exceeds it become demonstrations
+    group: int = 8
+
+
+def sampling(run: Sampled, stop_ids: tuple[int, ...]) -> Sampling:
+    """The distribution that the run draws from, and is trained on."""
+    names = ("temperature", "top_k", "top_p", "min_p", "min_new_tokens")
+    return Sampling(**{name: getattr(run, name) for name in names}, stop_ids=stop_ids)
+
+
+def check(run: Sampled) -> None:
+    """Raise ValueError for settings of online runs that cannot work, before anything is loaded."""
+    for name in ("group", "epochs", "minibatches", "max_rounds"):
+        if getattr(run, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
+    if (run.reward is None) == (run.environment is None):
+        raise ValueError("give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two")
+    if run.temperature == 0:
+        raise ValueError("temperature=0 always writes the same, so that nothing can be learned from it: set it above 0")
+    rows = run.batch if isinstance(run, OnlinePreference | Imitation) else run.batch * run.group
+    if rows % (run.minibatches * run.microbatches):
+        raise ValueError(
+            f"{rows} rows an iteration cannot be cut into minibatches={run.minibatches} × "
+            f"microbatches={run.microbatches} equal parts: change batch={run.batch} or group={run.group}"
+        )
+    if run.group < 2 and isinstance(run, OnlinePreference):
+        raise ValueError(f"pairs are made of the completions of one prompt: group must be at least 2, got {run.group}")
+    if run.group < 2 and run.filter_groups:
+        raise ValueError("filter_groups looks for different rewards within a group: set group to 2 or more")
+    if run.lag and (run.filter_groups or run.max_age):
+        raise ValueError("lag lets all rollouts wait, filter_groups with max_age the leftover ones: set one of them")
+    if run.old_logps not in ("sampler", "trainer"):
+        raise ValueError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
+    if run.importance_cap is not None and run.old_logps != "trainer":
+        raise ValueError("importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'")
+    if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
+        raise ValueError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
+    if run.normalize_running and run.normalize_reference:
+        raise ValueError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
+    if run.environment is not None and getattr(run, "advantage", None) is advantages.greedy_baseline:
+        raise ValueError("an environment has no greedy completions to compare with: choose another advantage")

@@ -1,0 +1,49 @@
+"""Rewards that are JAX functions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import rewards
+from rljax.types import Tokens
+
+TOKENS = Tokens(
+    ids=jnp.asarray([[3, 5, 7, 9], [2, 4, 6, 8]]),
+    segments=jnp.asarray([[1, 1, 1, 0], [1, 1, 1, 1]]),
+    mask=jnp.asarray([[False, True, True, False], [False, False, True, True]]),
+)
+
+
+@rewards.on_device
+def count(tokens):
+    return tokens.mask.sum(1)
+
+
+def test_weights_sums_and_per_token_rewards():
+    each = rewards.on_device(lambda tokens: tokens.ids / 10, weight=-2.0, name="each")
+    total, per_token, parts = rewards.judge_on_device([count, each], (None, None), TOKENS)
+    np.testing.assert_allclose(parts["count"], [2.0, 2.0])
+    np.testing.assert_allclose(parts["each"], [1.2, 1.4], rtol=1e-6)  # trained tokens only
+    np.testing.assert_allclose(per_token, [[0, -1.0, -1.4, 0], [0, 0, -1.2, -1.6]], rtol=1e-6)
+    np.testing.assert_allclose(total, [2 - 2.4, 2 - 2.8], rtol=1e-5)
+    assert total.dtype == parts["count"].dtype == jnp.float32
+    assert rewards.judge_on_device([count], (None,), TOKENS)[1] is None
+
+
+def test_params_are_an_argument_of_the_program():
+    table = rewards.on_device(lambda params, tokens: params["w"][tokens.ids].sum(1), params={"w": jnp.ones(100_000)})
+    given = rewards.as_rewards(table)
+    judge = jax.jit(functools.partial(rewards.judge_on_device, given))
+    params = rewards.device_params(given)
+    np.testing.assert_allclose(judge(params, TOKENS)[0], [4.0, 4.0])
+    np.testing.assert_allclose(judge(jax.tree.map(lambda x: 2 * x, params), TOKENS)[0], [8.0, 8.0])
+    assert len(judge.lower(params, TOKENS).as_text()) < 20_000  # a constant of 100 000 numbers would be in it
+
+
+def test_a_wrong_shape_is_named():
+    bad = rewards.on_device(lambda tokens: tokens.ids[:, :2], name="bad")
+    with pytest.raises(ValueError, match=r"on-device reward bad returned an array of shape \(2, 2\).*\(2,\).*\(2, 4\)"):
+        rewards.judge_on_device([bad], (None,), TOKENS)
