@@ -18,7 +18,7 @@ from rljax.types import Params
 
 def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[policy.Policy, Params, int]:
     """(the policy as it began, the run's parameters, their step): of the best checkpoint, or the last where none is
-    best.
+    best. Of an online run they are the policy's, averaged over the run where it keeps an average (`ema`).
 
     The parameters of a reward model are {"model": …, "head": …}. ValueError for a folder that is no run, or has no
     checkpoint.
@@ -27,10 +27,12 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
     if experiment is None:
         raise ValueError(f"{run} is not the folder of a run: it has no experiment.json")
     start = policy.load(experiment["model"], dtype=experiment["dtype"])
-    params = start.params
+    where, params = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
         params = {"model": params, "head": scalar_head(start.model.config.hidden_size).init(jax.random.key(0))}
-    like = {"params": jax.eval_shape(lambda: params)}
+    like: Any = jax.eval_shape(lambda: params)
+    for name in reversed(where):
+        like = {name: like}
     folder = pathlib.Path(run) / "checkpoints"
     ranked = {"best_metric": experiment["best"], "best_mode": experiment["best_mode"]}
     with Checkpoints(folder, read_only=True, **ranked) as checkpoints:
@@ -38,7 +40,18 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
         if not found:
             raise ValueError(f"{folder} has no finished checkpoint yet")
         state, _ = checkpoints.restore(found[0], like, partial=True)
-    return start, state["params"], found[0]
+    for name in where:
+        state = state[name]
+    return start, state, found[0]
+
+
+def _place(experiment: Mapping[str, Any], params: Params) -> tuple[tuple[str, ...], Params]:
+    """(the path of the weights to export within a checkpoint, their shapes)."""
+    if "group" not in experiment:
+        return ("params",), params
+    if experiment.get("ema") is not None:
+        return ("learner", "ema"), params
+    return ("learner", "train", "params", *(("policy",) if experiment["kind"] == "PPO" else ())), params
 
 
 def export(run: str | pathlib.Path, folder: str | pathlib.Path, *, step: int | None = None) -> int:

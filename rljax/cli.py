@@ -1,4 +1,4 @@
-"""The command line: `rljax run | selfcheck | sample | export | report`. The only file that knows about arguments."""
+"""The command line: `rljax run | selfcheck | inspect | sample | export | report`. Only this file knows arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, offline, progress
+from rljax import artefacts, evidence, offline, online, progress
 from rljax import report as reports
 
 USAGE = """usage: rljax COMMAND …
 
   run FILE [--field value …]        train what FILE's `experiment` describes (or call its `main`)
   selfcheck FILE [--field value …]  only the checks that a run makes before its first step
+  inspect RUN [--step N]            what a step did to single tokens: log-probabilities, advantages, ratios
   sample RUN_OR_MODEL               let a run, a checkpoint folder or a named model write
   export RUN FOLDER                 a Hugging Face checkpoint of a run's best (or last) weights
   report RUN                        write report.md and its plots again
@@ -57,15 +58,37 @@ def run_file(file: str) -> None:
 
 def run(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "run")
-    status: Any = experiment() if callable(experiment) else offline.run(experiment, file)
+    status: Any = experiment() if callable(experiment) else program_of(experiment).run(experiment, file)
     return int(status or 0)
+
+
+def program_of(experiment: Any) -> ModuleType:
+    """The program that runs an experiment: where its data come from decides."""
+    return online if isinstance(experiment, online.Sampled) else offline
 
 
 def selfcheck(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "selfcheck")
     if callable(experiment):
         raise ValueError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
-    return offline.selfcheck(experiment, file)
+    return program_of(experiment).selfcheck(experiment, file)
+
+
+def inspect_run(argv: Sequence[str]) -> int:
+    """Tokens of a step."""
+
+    def command(run: tyro.conf.Positional[str], step: int | None = None, row: int | None = None) -> int:
+        """Show what a step of an online run did to single tokens.
+
+        Args:
+            run: the folder of a run
+            step: one at which the run evaluated (the last, if none is named)
+            row: only this row
+        """
+        evidence.show(run, step, Console(), row=row)
+        return 0
+
+    return tyro.cli(command, args=list(argv), prog="rljax inspect")
 
 
 def sample(argv: Sequence[str]) -> int:
@@ -136,6 +159,7 @@ def report(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "selfcheck": selfcheck,
+    "inspect": inspect_run,
     "sample": sample,
     "export": export,
     "report": report,

@@ -59,20 +59,24 @@ def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
         example = read(index)
         return np.zeros(0, np.int32) if example is None else example.ids
 
-    counted = range(len(rows)) if len(rows) <= 20_000 else ()
+    counted = range(len(rows)) if len(rows) <= 20_000 and run.environment is None else ()
     longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
     width = -(-longest // BUCKET) * BUCKET
     indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
     return Prompts(rows, ids, width, lambda number: indices(step=number))
 
 
-def prompt_tokens(source: Prompts, indices: Sequence[int], rows: int | None = None) -> Tokens:
-    """The prompts of some rows, left-padded, [rows width]; −1, and what is left of `rows`, is empty."""
-    return policy.left_pad([source.ids(int(i)) for i in indices], rows=rows or len(indices), width=source.width)
+def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Tokens:
+    """The prompts of some rows, left-padded, [rows width]."""
+    return policy.left_pad([source.ids(int(i)) for i in indices], rows=len(indices), width=source.width)
 
 
 def judge(
-    run: Any, asked: Sequence[rewards.Reward], source: Prompts, indices: Sequence[int], tokens: Tokens, tokenizer: Any
+    asked: Sequence[rewards.Reward],
+    source: Prompts,
+    indices: Sequence[int] | np.ndarray,
+    tokens: Tokens,
+    tokenizer: Any,
 ) -> rewards.Judgement:
     """Begin to judge completions on the host. indices: the data row of each row of `tokens`."""
     some = [source.rows[int(i)] for i in indices]
@@ -136,7 +140,7 @@ def begin(sampler: Sampler, params: Params, number: int) -> Round:
     def start() -> Callable[[], Verdict]:
         texts = [(np.repeat(indices, run.group), rollout)] + ([(indices, greedy)] if greedy is not None else [])
         tokenizer = sampler.start.tokenizer
-        judging = [judge(run, sampler.asked, source, i, local(r.tokens, mesh), tokenizer) for i, r in texts]
+        judging = [judge(sampler.asked, source, i, local(r.tokens, mesh), tokenizer) for i, r in texts]
         return functools.partial(wait, judging)
 
     def wait(judging: Sequence[rewards.Judgement]) -> Verdict:
@@ -158,16 +162,18 @@ def place_prompts(sampler: Sampler, number: int) -> Tokens:
 def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
     """Episodes of an environment: what it says comes with them."""
     run, source = sampler.run, sampler.source
-    indices = np.repeat(source.batch(number), run.group)
+    indices = source.batch(number)
     now = sampler.start._replace(params=decoder_params(params))
-    offset = len(indices) * jax.process_index()
+    key = jax.random.fold_in(jax.random.key(run.seed), number)
     episodes = play(
         now,
         run.environment,
         [source.rows[int(i)] for i in indices],
-        jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), number), offset),
+        jax.random.fold_in(key, jax.process_index()),
         max_new_tokens=run.turn_tokens or run.max_completion,
+        max_prompt=source.width,
         max_length=source.width + run.max_completion,
+        n=run.group,
         sampling={k: v for k, v in run.sampling().items() if k != "stop_ids"},
         seed=run.seed + number,
         timeout=run.reward_timeout,
@@ -303,8 +309,8 @@ def check_on_device(sampler: Sampler, watched: tuple[int, Trace] | None) -> None
             real, mask = tokens.segments[row] > 0, tokens.mask[row]
             decode = sampler.start.tokenizer.decode
             raise rewards.RewardError(
-                f"the reward {name} failed in row {row} of iteration {step}: it returned {values[row]}. Row {row}: prompt "
-                f"{decode(tokens.ids[row][real & ~mask])!r}, completion {decode(tokens.ids[row][mask])!r}"
+                f"the reward {name} failed in row {row} of iteration {step}: it returned {values[row]}. Row {row}: "
+                f"prompt {decode(tokens.ids[row][real & ~mask])!r}, completion {decode(tokens.ids[row][mask])!r}"
             )
 
 

@@ -42,11 +42,12 @@ def load(run: Any, start: policy.Policy, mesh: Mesh) -> Critic | None:
     theirs, ours = model.config, start.model.config
     if theirs.vocab_size != ours.vocab_size:
         raise ValueError(
-            f"critic={run.critic!r} has a vocabulary of {theirs.vocab_size} tokens, the policy one of {ours.vocab_size}: "
-            "a critic reads the policy's tokens, so both need the same tokenizer"
+            f"critic={run.critic!r} has a vocabulary of {theirs.vocab_size} tokens, the policy one of {ours.vocab_size}"
+            ": a critic reads the policy's tokens, so both need the same tokenizer"
         )
     how = {name: getattr(ours, name) for name in ("compute_dtype", "remat", "unroll")}
     unembed = {"unembed": start.params["unembed"]} if "unembed" in start.params and "unembed" in params["model"] else {}
     return Critic(
-        models.build(dataclasses.replace(theirs, **how)), {"model": {**params["model"], **unembed}, "head": params["head"]}
+        models.build(dataclasses.replace(theirs, **how)),
+        {"model": {**params["model"], **unembed}, "head": params["head"]},
     )

@@ -49,7 +49,7 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     total, parts = np.zeros(len(rows), np.float32), {}
     if host:
         source = collect.prompts(run, now.tokenizer, rows)
-        judging = collect.judge(run, host, source, range(len(rows)), rollouts.tokens, now.tokenizer)
+        judging = collect.judge(host, source, range(len(rows)), rollouts.tokens, now.tokenizer)
         said = judging.result(timeout=run.reward_timeout, poll=setup.sampler.poll, say=setup.sampler.say)
         total, parts = total + said.total, dict(said.parts)
     device = tuple(one for one in asked if one.on_device)
@@ -58,9 +58,8 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
         found = [jax.device_get(judge(rewards.device_params(device), r.tokens)) for r in made.rollouts]
         total = total + np.concatenate([one[0] for one in found])
         parts |= {name: np.concatenate([one[2][name] for one in found]) for name in found[0][2]}
-    return Written(
-        [shown(prompt) for prompt in prompts], made.texts, total, parts, rollouts.tokens.mask.sum(1), rollouts.finished
-    )
+    lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
+    return Written([shown(prompt) for prompt in prompts], made.texts, total, parts, lengths, finished)
 
 
 def shown(prompt: Any) -> str:
@@ -75,6 +74,7 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
         list(rows),
         key,
         max_new_tokens=run.turn_tokens or run.max_completion,
+        max_prompt=setup.sampler.source.width,
         max_length=setup.sampler.source.width + run.max_completion,
         sampling=drawn,
         seed=run.seed,
@@ -85,7 +85,8 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
     total = episodes.rewards.sum(1).astype(np.float32)
     prompts = policy.decode(now.tokenizer, _prompt_part(tokens))
     parts = {"environment": total}
-    return Written(prompts, episodes.texts, total, parts, tokens.mask.sum(1), episodes.rollout.finished)
+    lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(episodes.rollout.finished)
+    return Written(prompts, episodes.texts, total, parts, lengths, finished)
 
 
 def _prompt_part(tokens: Any) -> Any:
@@ -139,8 +140,8 @@ def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.
     tracker.status(f"reward before normalising: mean {float(moments.mean):.3f}, std {std:.3f}")
     if not std > 0:
         raise ValueError(
-            f"normalize_reference={run.normalize_reference}: all samples of the policy score {float(moments.mean):g}, so "
-            "there is nothing to scale by; leave it out, or take more samples"
+            f"normalize_reference={run.normalize_reference}: all samples of the policy score {float(moments.mean):g}, "
+            "so there is nothing to scale by; leave it out, or take more samples"
         )
     placed = jax.device_put(moments, setup.shardings.moments)
     return dataclasses.replace(learner, moments=placed)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -108,9 +109,9 @@ def _heading(record: Mapping[str, Any]) -> Text:
 
 def _table(record: Mapping[str, Sequence[Any]]) -> Table:
     names = [name for name in COLUMNS if name in record]
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("token", "trained", *names):
-        table.add_column(name, justify="left" if name == "token" else "right")
+        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
     for i, (token, trained) in enumerate(zip(record["tokens"], record["mask"], strict=True)):
         cells = [_cell(record[name][i]) if trained else "" for name in names]
         table.add_row(Text(repr(token)), "✓" if trained else "", *cells, style=None if trained else "dim")
@@ -118,4 +119,4 @@ def _table(record: Mapping[str, Sequence[Any]]) -> Table:
 
 
 def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:.3g}"

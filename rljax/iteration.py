@@ -7,6 +7,7 @@ compiled when the reward is a JAX function. `whole` can be put under `vmap`: a s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -119,25 +120,34 @@ def build(
         )
         return learner, {**metrics, **reward_metrics(verdict), **updates}, Trace(rollout, verdict, notes, batch)
 
-    def whole(
-        learner: Learner,
-        reference: Params | None,
-        reward_params: Sequence[Any],
-        prompts: Tokens,
-        pretrain: Tokens | None,
-        key: Array,
-    ) -> tuple[Learner, Metrics, Trace]:
-        params = learner.train.params
-        rollout = sample(params, prompts, key)
-        total, per_token, parts = judge_on_device(rewards, reward_params, rollout.tokens)
-        greedy = None
-        if method.greedy:
-            alone, _, _ = judge_on_device(rewards, reward_params, sample_greedy(params, prompts).tokens)
-            greedy = jnp.repeat(alone, run.group)
-        verdict = Verdict(total=total, parts=parts, per_token=per_token, greedy=greedy)
-        return learn(learner, rollout, method.annotate(params, reference, rollout), verdict, pretrain, key)
-
+    whole = functools.partial(_whole, run, method, rewards, sample, sample_greedy, learn)
     return Iteration(sample, sample_greedy, method.annotate, learn, whole)
+
+
+def _whole(
+    run: Any,
+    method: Method,
+    rewards: Sequence[Reward],
+    sample: Callable[..., Rollout],
+    sample_greedy: Callable[..., Rollout],
+    learn: Callable[..., tuple[Learner, Metrics, Trace]],
+    learner: Learner,
+    reference: Params | None,
+    reward_params: Sequence[Any],
+    prompts: Tokens,
+    pretrain: Tokens | None,
+    key: Array,
+) -> tuple[Learner, Metrics, Trace]:
+    """Sample, judge, learn, for rewards that are JAX functions."""
+    params = learner.train.params
+    rollout = sample(params, prompts, key)
+    total, per_token, said = judge_on_device(rewards, reward_params, rollout.tokens)
+    greedy = None
+    if method.greedy:
+        alone, _, _ = judge_on_device(rewards, reward_params, sample_greedy(params, prompts).tokens)
+        greedy = jnp.repeat(alone, run.group)
+    verdict = Verdict(total=total, parts=said, per_token=per_token, greedy=greedy)
+    return learn(learner, rollout, method.annotate(params, reference, rollout), verdict, pretrain, key)
 
 
 def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tuple[Judged, Moments]:

@@ -85,6 +85,7 @@ def ppo(
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PolicyBatch, Metrics]:
         mask = rollout.tokens.mask
+        assert notes.values is not None
         rewards, metrics = _token_rewards(run, rollout, notes, judged, kl_factor)
         if run.whiten_rewards:
             rewards = ops.masked_whiten(rewards, mask, shift_mean=False, ddof=run.whiten_ddof)
@@ -108,9 +109,7 @@ def ppo(
 
 def policy_gradient(run: Any, model: LanguageModel, params: Params, sampling: Sampling) -> Method:
     """No critic: `run.advantage` compares completions of a prompt, or adds up what is still to come."""
-    view = views.of_policy(
-        model, sampling=sampling, max_trained=run.max_completion, entropy=run.entropy_coef != 0
-    )
+    view = views.of_policy(model, sampling=sampling, max_trained=run.max_completion, entropy=run.entropy_coef != 0)
     names = inspect.signature(run.advantage).parameters
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PolicyBatch, Metrics]:
@@ -140,6 +139,7 @@ def preference(run: Any, model: LanguageModel, params: Params, sampling: Samplin
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PreferenceBatch, Metrics]:
         del kl_factor
+        assert notes.ref_logps is not None
         group = judged.scores.reshape(-1, run.group)
         applies = judged.applies.reshape(-1, run.group)
         best = jnp.argmax(jnp.where(applies, group, -jnp.inf), axis=1)
@@ -233,9 +233,7 @@ def _annotate(
     return annotate
 
 
-def _token_rewards(
-    run: Any, rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array
-) -> tuple[Array, Metrics]:
+def _token_rewards(run: Any, rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[Array, Metrics]:
     """(f32[b t]: the score on the last token, per-token rewards, minus the KL penalty where the reward holds it;
     metrics)."""
     mask = rollout.tokens.mask

@@ -63,16 +63,102 @@ METRICS: dict[str, Definition] = {
     "learning_rate": Definition("Learning rate of the update", group="learning_rate"),
     "num_tokens": Definition("Tokens seen since the start, padding left out", "tokens", group="num_tokens"),
     "epoch": Definition("Passes over the training data since the start", "epochs", group="epoch"),
+    # --- online ---
     "completions/mean_length": Definition(
         "Mean length of the completions, the stop token included", "tokens", group="length"
     ),
+    "completions/clipped_ratio": Definition(
+        "Share of completions that the budget cut before they ended by themselves", group="share"
+    ),
+    "objective/scores": Definition(
+        "Mean score of the completions after shaping (overlong penalty, normalisation, clipping, missing end), "
+        "before any KL penalty",
+        better="higher",
+        group="scores",
+    ),
+    "objective/rlhf_reward": Definition(
+        "Mean over completions of score − KL coefficient · KL: what PPO maximises", better="higher", group="scores"
+    ),
+    "objective/non_score_reward": Definition(
+        "Mean over completions of − KL coefficient · KL (its estimator summed over tokens)", group="scores"
+    ),
+    "objective/kl": Definition(
+        "KL(policy ‖ reference) of whole completions: the log-ratio summed over a completion's tokens, averaged over "
+        "completions (k1)",
+        "nats",
+        group="kl",
+    ),
+    "objective/kl_coef": Definition("Coefficient of the KL penalty, as the controller has it", group="kl_coef"),
+    "objective/entropy": Definition(
+        "− log-probability of whole completions, summed over tokens: an estimate of their entropy", "nats", group="kl"
+    ),
+    "policy/approxkl_avg": Definition(
+        "½ (log π − log π_old)² per trained token, averaged over the updates of the iteration: how far they went",
+        "nats/token",
+        group="approxkl",
+    ),
+    "policy/clipfrac_avg": Definition(
+        "Share of trained tokens whose clipped surrogate is strictly the larger one, so that they get no gradient "
+        "(not |ratio − 1| > clip)",
+        group="share",
+    ),
+    "policy/entropy_avg": Definition(
+        "Mean entropy of the distribution that trained tokens are drawn from (computed where entropy_coef is set)",
+        "nats/token",
+        group="entropy",
+    ),
+    "policy/updates": Definition("Updates made in the iteration; target_kl skips the rest", group="updates"),
+    "loss/policy_avg": Definition(
+        "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; its gradient counts",
+        group="loss",
+    ),
+    "loss/value_avg": Definition("The critic's loss per trained token, before value_coef", "", "lower", "value"),
+    "loss/kl_avg": Definition("The KL penalty in the loss per trained token, before its coefficient", group="approxkl"),
+    "loss/pretrain_avg": Definition(
+        "Negative log-likelihood of the pretraining text per token (PPO-ptx)", "nats/token", "lower", "loss"
+    ),
+    "val/ratio": Definition(
+        "Mean of π / π_old over trained tokens and updates; 1 before the first update", group="ratio"
+    ),
+    "val/mean": Definition("Mean value that the critic gives before trained tokens", group="value_mean"),
+    "val/explained_variance": Definition(
+        "1 − Var(returns − values) / Var(returns) over trained tokens, before the update: 1 is a perfect critic, 0 one "
+        "that knows the mean only",
+        better="higher",
+        group="explained",
+    ),
+    "frac_reward_zero_std": Definition(
+        "Share of prompts whose completions all score alike, so that group-relative advantages are 0", group="share"
+    ),
+    "rewards/none_ratio": Definition("Share of completions that no reward applies to; they train nothing", group="share"),
+    "sampling/logp_difference": Definition(
+        "Mean |log-probability by the trainer − by the sampler| of sampled tokens: rounding, and how old rollouts are",
+        "nats/token",
+        group="approxkl",
+    ),
+    "sampling/age": Definition(
+        "Mean number of iterations between sampling a completion and training on it", "iterations", group="age"
+    ),
+    "pairs/tied": Definition("Share of prompts whose completions score alike, so that no pair is made", group="share"),
+    "demonstrations/kept": Definition("Share of prompts whose best completion becomes a demonstration", group="share"),
+    "demonstrations/score": Definition("Mean score of the demonstrations", better="higher", group="scores"),
+    "reward": Definition("Mean weighted reward, before any shaping", better="higher", group="reward"),
 }
 
 
 def define(name: str) -> Definition | None:
     """The definition of a logged metric; `eval/x` is `x` on held-out data. None for a name of your own."""
     plain = name.removeprefix("eval/")
-    definition = METRICS.get(plain)
+    definition = METRICS.get(plain) or _of_reward(plain)
     if definition is not None and plain != name:
         return definition._replace(text=f"{definition.text}; on held-out data")
     return definition
+
+
+def _of_reward(name: str) -> Definition | None:
+    """rewards/NAME/mean and /std of a reward function called NAME."""
+    parts = name.split("/")
+    if len(parts) < 3 or parts[0] != "rewards" or parts[-1] not in ("mean", "std"):
+        return None
+    what, reward = "Mean" if parts[-1] == "mean" else "Standard deviation", "/".join(parts[1:-1])
+    return Definition(f"{what} of the reward {reward}, unweighted and as its function gave it", group="each reward")

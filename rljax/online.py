@@ -43,7 +43,6 @@ from rljax import (
     sampling,
     selfchecks,
     settings,
-    sharding,
     tracking,
     views,
 )
@@ -127,10 +126,8 @@ def selfcheck(experiment: Sampled, file: str | pathlib.Path | None = None) -> in
         return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
 
 
-def set_up(
-    run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker, stop: tracking.Stop
-) -> Setup:
-    """Policy, prompts, rewards, state on its shardings, compiled functions: in this order, each needing those before."""
+def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker, stop: tracking.Stop) -> Setup:
+    """Policy, prompts, rewards, state on its shardings, compiled functions: each needs those before it."""
     with tracker.phase(f"loading {run.model}"):
         start = program.load_policy(run, mesh)
         critic = critics.load(run, start, mesh) if isinstance(run, PPO) else None
@@ -204,8 +201,12 @@ def _compile(
     found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
     if collect.queued(run):
         found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=_local_rows(run) * (run.lag or 1))
-    out = {"out_shardings": (shardings, None, None)}
-    if run.reward is not None and all(one.on_device for one in rewards.as_rewards(run.reward)) and not collect.queued(run):
+    out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
+    if (
+        run.reward is not None
+        and all(one.on_device for one in rewards.as_rewards(run.reward))
+        and not collect.queued(run)
+    ):
         with tracker.phase("compiling the iteration"):
             whole = jax.jit(parts.whole, donate_argnums=0, **out)
             found["whole"] = whole.lower(learner, base, reward_params, asked, text, key).compile()
@@ -246,14 +247,10 @@ def _method(run: Sampled, start: policy.Policy, critic: Any, drawn: Any) -> meth
             return methods.preference(run, start.model, start.params, drawn)
         case Imitation():
             return methods.imitation(run, start.model, start.params, drawn)
-    raise ValueError(
-        f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}"
-    )
+    raise ValueError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
 
 
-def _begin(
-    run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker
-) -> tuple[State, Progress]:
+def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker) -> tuple[State, Progress]:
     """From the last checkpoint, or checked and measured at the very beginning."""
     latest = checkpoints.latest()
     if latest is not None:
@@ -290,7 +287,7 @@ def _loop(
     tracker: tracking.Tracker,
     stop: tracking.Stop,
 ) -> None:
-    """Iterations until the last, until `patience` runs out, until a signal comes or a reward fails; saved in all cases."""
+    """Iterations until the last, until `patience` runs out, a signal comes or a reward fails; saved in all cases."""
 
     def save(step: int, measured: dict[str, float] | None = None) -> None:
         tracker.flush()
@@ -304,12 +301,13 @@ def _loop(
             at += 1
             collect.check_on_device(setup.sampler, watched)  # of the iteration before: the device need not wait
         except collect.Leaving:
-            return save(at)
+            save(at)
+            return
         except rewards.RewardError:
             save(at)
             raise
         watched = (at, trace)
-        rate = Mean(total=setup.schedule(state.learner.train.step - 1), weight=jnp.ones(()))
+        rate = Mean(total=jnp.asarray(setup.schedule(state.learner.train.step - 1)), weight=jnp.ones(()))
         tracker.log(at, {**metrics, "learning_rate": rate}, tokens=jnp.count_nonzero(trace.rollout.tokens.segments))
 
         due, leaving, measured = at % run.eval_every == 0 or at == run.steps, stop.agreed(at) is not None, None
@@ -407,6 +405,11 @@ def _first_rollout(run: Sampled, setup: Setup) -> Any:
     asked = collect.place_prompts(setup.sampler, 0)
     drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
     made = sampling.generate(
-        setup.start.model, setup.start.params, asked, jax.random.key(run.seed), max_new_tokens=run.max_completion, **drawn
+        setup.start.model,
+        setup.start.params,
+        asked,
+        jax.random.key(run.seed),
+        max_new_tokens=run.max_completion,
+        **drawn,
     )
     return collect.local(made, setup.sampler.mesh)

@@ -37,14 +37,20 @@ STYLE = {
 # A page is one picture; its panels are groups of metrics (metrics.py). Groups that are not here go to the last page.
 PAGES: dict[str, tuple[str, ...]] = {
     "Loss": ("loss", "perplexity"),
-    "Rewards": ("rewards", "accuracy", "reward", "margin"),
-    "Distance from the reference": ("kl", "logps", "odds", "entropy"),
+    "Rewards": ("scores", "rewards", "accuracy", "reward", "each reward", "margin"),
+    "Distance from the reference": ("kl", "kl_coef", "logps", "odds", "entropy"),
+    "Updates": ("approxkl", "ratio", "updates"),
+    "Critic": ("value", "value_mean", "explained"),
+    "Completions": ("length", "share"),
     "Optimisation": ("grad_norm", "learning_rate"),
 }
 LABELS = {
     "accuracy": "share",
     "rewards": "reward",
     "reward": "score",
+    "scores": "score",
+    "each reward": "score",
+    "share": "share",
     "odds": "log odds",
     "margin": "score",
     "logps": "log-probability",

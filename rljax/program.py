@@ -120,9 +120,7 @@ def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     return loaded._replace(model=models.build(config))
 
 
-def make_optimizer(
-    run: Run, updates: int | None = None
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(run: Run, updates: int | None = None) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The run's optimizer, with gradient clipping before it, and the schedule inside it.
 
     updates: how many the whole run makes; None: one a step.
@@ -182,9 +180,7 @@ def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tup
     return progress._replace(waited=progress.waited + 1), {run.best: value}
 
 
-def measure(
-    run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str
-) -> None:
+def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str) -> None:
     """What the experiment itself wants to know, before and after training."""
     if run.evaluate is None:
         return

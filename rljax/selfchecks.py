@@ -133,13 +133,13 @@ def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]) 
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     ends = np.isin(ids[np.arange(len(ids)), last], stop_ids) & mask.any(1)
     note = "" if finished.any() else "; none ended by itself: max_completion may be short for this policy"
-    said = f"{mask.sum()} of {(segments > 0).sum()} tokens are trained; {finished.sum()} of {len(ids)} completions ended"
+    said = (
+        f"{mask.sum()} of {(segments > 0).sum()} tokens are trained; {finished.sum()} of {len(ids)} completions ended"
+    )
     return Check(True, f"{said}, {ends.sum()} of them in a trained stop token{note}; {shown}")
 
 
-def same_policy(
-    look: Callable[[Any, Tokens], jax.Array], params: Any, reference: Any, rollout: Rollout
-) -> Check:
+def same_policy(look: Callable[[Any, Tokens], jax.Array], params: Any, reference: Any, rollout: Rollout) -> Check:
     """The policy is still the reference, so KL is exactly 0 and every ratio exactly 1 (at any temperature): both sides
     are computed by the trainer, with the run's own temperature and filters.
     """
@@ -149,7 +149,9 @@ def same_policy(
     exact = (now == ref).all() and (ratio == 1).all()
     worst = float(np.abs(now - ref).max())
     why = "" if exact else f": the weights of policy and reference differ (by {worst:.1e} nats at some token)"
-    return Check(exact, f"policy = reference: KL of a first rollout {kl:g}, ratios {ratio.min():g} to {ratio.max():g}{why}")
+    return Check(
+        exact, f"policy = reference: KL of a first rollout {kl:g}, ratios {ratio.min():g} to {ratio.max():g}{why}"
+    )
 
 
 def first_surrogate(run: Any) -> Check:
@@ -158,8 +160,8 @@ def first_surrogate(run: Any) -> Check:
     why = "advantages have mean 0 and " if centred else ""
     return Check(
         True,
-        f"loss/policy_avg will start near {'0' if centred else '−mean(advantage)'}: {why}the ratio is 1 before the first "
-        "update, so the surrogate's value says nothing; its gradient (grad_norm) does",
+        f"loss/policy_avg will start near {'0' if centred else '−mean(advantage)'}: {why}the ratio is 1 before the "
+        "first update, so the surrogate's value says nothing; its gradient (grad_norm) does",
     )
 
 

@@ -16,6 +16,8 @@ from rljax.filters import Sampling
 from rljax.program import Run
 
 DPO = functools.partial(losses.dpo_loss, beta=0.1)
+VALUE_CLIP = functools.partial(losses.value_clip_loss, clip=0.2)
+GRPO = functools.partial(advantages.group_relative, divide_by_std=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class Sampled(Run):
     epochs: int = 1  # passes over the rollouts of an iteration
     minibatches: int = 1  # updates per pass
     old_logps: Literal["sampler", "trainer"] = "sampler"  # trainer: computed again before the update, by one more pass
-    importance_cap: float | None = None  # with "trainer": weights min(π_old / π_sampler, cap) (2505.24034's TIS: 2)
+    importance_cap: float | None = None  # with "trainer": weights min(π_old / π_sampler, cap), 2 say (2505.24034)
 
     kl_reward: float = 0.0  # coefficient of the KL penalty in the reward
     kl_estimator: str = "k1"  # of the KL in the reward
@@ -74,7 +76,7 @@ class PPO(Sampled):
 
     critic: str = "policy"  # where it starts: "policy" (its decoder), a reward model's folder or run, or "shared":
     # no decoder of its own, a value head on the policy's
-    value_loss: Callable[..., Any] = functools.partial(losses.value_clip_loss, clip=0.2)
+    value_loss: Callable[..., Any] = VALUE_CLIP
     value_coef: float = 0.1
     gamma: float = 1.0
     lam: float = 0.95
@@ -98,7 +100,7 @@ class PolicyGradient(Sampled):
     loss: Callable[..., Any] = losses.ppo_clip_loss
     # (rewards [g n]) -> [g n]; with a parameter `greedy` [g] it gets the scores of greedy completions; with a
     # parameter `mask` it works on tokens, (rewards [b t], mask) -> [b t]
-    advantage: Callable[..., Any] = functools.partial(advantages.group_relative, divide_by_std=True)
+    advantage: Callable[..., Any] = GRPO
     aggregate: str = "seq_mean_token_mean"
     entropy_coef: float = 0.0
     whiten_advantages: bool = False
@@ -137,7 +139,9 @@ def check(run: Sampled) -> None:
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
     if (run.reward is None) == (run.environment is None):
-        raise ValueError("give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two")
+        raise ValueError(
+            "give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two"
+        )
     if run.temperature == 0:
         raise ValueError("temperature=0 always writes the same, so that nothing can be learned from it: set it above 0")
     rows = run.batch if isinstance(run, OnlinePreference | Imitation) else run.batch * run.group
@@ -155,7 +159,9 @@ def check(run: Sampled) -> None:
     if run.old_logps not in ("sampler", "trainer"):
         raise ValueError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
     if run.importance_cap is not None and run.old_logps != "trainer":
-        raise ValueError("importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'")
+        raise ValueError(
+            "importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'"
+        )
     if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
         raise ValueError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
     if run.normalize_running and run.normalize_reference:

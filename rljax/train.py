@@ -208,6 +208,11 @@ def _cut(x: Array, pieces: int) -> Array:
     return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
 
 
+def adamw(learning_rate: optax.ScalarOrSchedule, *, eps: float = 1e-8, weight_decay: float = 0.0) -> Any:
+    """`optax.adamw`, without weight decay unless asked."""
+    return optax.adamw(learning_rate, eps=eps, weight_decay=weight_decay)
+
+
 def tf1_adam(
     learning_rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-5
 ) -> optax.GradientTransformation:
@@ -228,10 +233,10 @@ def tf1_adam(
         zeros = jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)  # pyright: ignore
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
         step = jax.tree.map(lambda m, v: (scale(state.count) * m / (jnp.sqrt(v) + eps)).astype(m.dtype), mu, nu)
         return step, optax.ScaleByAdamState(count=state.count + 1, mu=mu, nu=nu)  # pyright: ignore
 

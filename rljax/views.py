@@ -32,7 +32,7 @@ Look = Callable[[Params, Tokens], View]
 
 def decoder_params(params: Params) -> Params:
     """The policy's decoder within the parameters of a run."""
-    return params["policy"] if "policy" in params else params
+    return params.get("policy", params)
 
 
 def of_policy(

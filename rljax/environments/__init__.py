@@ -6,12 +6,12 @@ episodes = environments.play(
 episodes.rollout, episodes.rewards                                       # f32[b t] beside it: one reward an action
 """
 
-from rljax.environments.calculator import calculator, exercises
+from rljax.environments.coins import split_coins
 from rljax.environments.dialogue import conversations, customer_service
 from rljax.environments.episodes import play, play_against
-from rljax.environments.number_guessing import best_score, number_guessing, number_guessing_in_tokens
-from rljax.environments.single_turn import question_answering, single_turn
-from rljax.environments.split_coins import split_coins
+from rljax.environments.guessing import best_score, number_guessing, number_guessing_in_tokens
+from rljax.environments.prompts import question_answering, single_turn
+from rljax.environments.tools import calculator, exercises
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 
 from rljax import rewards
 from rljax.data import Row
-from rljax.environments.single_turn import Reward, judge
+from rljax.environments.prompts import Reward, judge
 from rljax.environments.turns import Environment, Text, Turn, message
 
 CATEGORIES = ("tech_support", "conversations")

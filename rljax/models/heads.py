@@ -73,7 +73,7 @@ def reward_model(model: LanguageModel) -> ScalarModel:
 
 
 def before_tokens(values: Array, mask: Array) -> Array:
-    """Values of states as values of tokens: from V(having read token t) f32[b t] to V(about to write token t), f32[b t].
+    """Values of states as values of tokens, f32[b t]: from V(having read token t) to V(about to write token t).
 
     The critic's counterpart of the shift in `ops.token_logps`: what a critic says of a token's choice, it says before
     the token is there. 0 where the mask is False. The token before a trained one is always of its own document.

@@ -94,7 +94,7 @@ def surrogate_inputs(loss: Callable[..., Any]) -> tuple[str, ...]:
     if unknown or not names:
         raise ValueError(
             f"the loss {getattr(loss, '__name__', loss)} takes {', '.join(names) or 'nothing'}: its positional "
-            f"parameters must be named after what a rollout has ({', '.join(SURROGATE_INPUTS)}), its options keyword-only"
+            f"parameters must be named after what a rollout has ({', '.join(SURROGATE_INPUTS)}), options keyword-only"
         )
     return names
 

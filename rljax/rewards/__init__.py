@@ -12,7 +12,7 @@ scores = judging.result(timeout=600)
 
 from rljax.rewards.checkpoints import embedding_similarity, from_checkpoint, opened
 from rljax.rewards.core import Reward, RewardError, Scores, as_rewards, on_device, reward
-from rljax.rewards.device import device_params, judge_on_device
+from rljax.rewards.device import device_params, judge_on_device, merge
 from rljax.rewards.judging import Judgement, check_fields, start
 from rljax.rewards.matching import exact_match, format_reward, numeric_match, regex_match
 from rljax.rewards.overlap import bleu, chrf, rouge_1, rouge_2, rouge_l, token_f1
@@ -34,6 +34,7 @@ __all__ = [
     "from_checkpoint",
     "judge_on_device",
     "length",
+    "merge",
     "numeric_match",
     "on_device",
     "opened",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rljax import ops
-from rljax.rewards.core import Reward
+from rljax.rewards.core import Reward, Scores
 from rljax.types import Tokens
 
 
@@ -43,3 +44,20 @@ def judge_on_device(
             )
         total, parts[one.name] = total + one.weight * said, said
     return total, per_token, parts
+
+
+def merge(
+    host: Scores, total: np.ndarray, per_token: np.ndarray | None, parts: Mapping[str, np.ndarray], mask: np.ndarray
+) -> Scores:
+    """Host rewards, and what `judge_on_device` said of the same rows, as one verdict.
+
+    total f32[b], per_token f32[b t] and parts are the device's, fetched; mask bool[b t] is that of the tokens. A row to
+    which no host reward applies has the device's alone.
+    """
+    total = np.asarray(total)
+    both = np.where(np.isnan(host.total), total, host.total + total).astype(np.float32)
+    each = host.per_token
+    if per_token is not None:
+        there = [np.asarray(row, np.float32)[real] for row, real in zip(per_token, mask, strict=True)]
+        each = there if each is None else [a + b for a, b in zip(each, there, strict=True)]
+    return Scores(both, each, {**host.parts, **{name: np.asarray(part) for name, part in parts.items()}})

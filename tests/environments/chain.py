@@ -22,18 +22,21 @@ CONFIG = models.ModelConfig(
 )
 
 
-def policy(table: dict[int, int], stop_ids: tuple[int, ...] = (STOP,)) -> Policy:
+def _apply(params, ids, segments, *, cache=None):
+    del segments
+    return Output(params["next"][ids], cache)
+
+
+MODEL = LanguageModel(lambda key: {}, _apply, lambda params, hidden: hidden, CONFIG)
+TOKENIZER = byte_level()
+
+
+def policy(table: dict[int, int]) -> Policy:
     """Greedy or sampled, the token after `token` is table[token] (STOP where the table says nothing)."""
     after = np.full(VOCAB, STOP)
     after[list(table)] = list(table.values())
     logits = jnp.asarray(60.0 * np.eye(VOCAB)[after], jnp.float32)
-
-    def apply(params, ids, segments, *, cache=None):
-        del segments
-        return Output(params["next"][ids], cache)
-
-    model = LanguageModel(lambda key: {}, apply, lambda params, hidden: hidden, CONFIG)
-    return Policy(model, {"next": logits, "layers": {"0": {}}}, byte_level(), stop_ids)
+    return Policy(MODEL, {"next": logits, "layers": {"0": {}}}, TOKENIZER, (STOP,))
 
 
 def key():

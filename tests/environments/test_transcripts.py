@@ -64,7 +64,7 @@ def test_another_stop_token_does_not_pass_for_the_end_of_turn(chatml):
 
 def test_a_template_without_end_tokens(fresh):
     tokenizer = with_template(fresh, BARE)
-    now = talk(tokenizer, say("hello"), (tokenizer.encode("hi") + [tokenizer.eos_token_id], say("what?")))
+    now = talk(tokenizer, say("hello"), ([*tokenizer.encode("hi"), tokenizer.eos_token_id], say("what?")))
     assert tokenizer.decode(now.ids) == f"user: hello\nassistant: hi{END}\nuser: what?\nassistant: "
 
 
@@ -82,7 +82,10 @@ def test_a_template_that_rewrites_earlier_answers_does_not_rewrite_tokens(fresh)
 def test_several_messages_are_one_observation(chatml):
     hi = [*chatml.encode("hi"), chatml.eos_token_id]
     tool = [{"role": "tool", "content": "42"}]
-    apart, together = talk(chatml, say("q"), (hi, tool, say("go on"))), talk(chatml, say("q"), (hi, tool + say("go on")))
+    apart, together = (
+        talk(chatml, say("q"), (hi, tool, say("go on"))),
+        talk(chatml, say("q"), (hi, tool + say("go on"))),
+    )
     assert apart.ids.tolist() == together.ids.tolist()
     assert chatml.decode(apart.pieces[2].ids) == (
         f"\n{START}tool\n42{END}\n{START}user\ngo on{END}\n{START}assistant\n"

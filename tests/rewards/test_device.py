@@ -47,3 +47,22 @@ def test_a_wrong_shape_is_named():
     bad = rewards.on_device(lambda tokens: tokens.ids[:, :2], name="bad")
     with pytest.raises(ValueError, match=r"on-device reward bad returned an array of shape \(2, 2\).*\(2,\).*\(2, 4\)"):
         rewards.judge_on_device([bad], (None,), TOKENS)
+
+
+def test_host_and_device_rewards_together():
+    each = rewards.on_device(lambda tokens: tokens.ids / 10, weight=-2.0, name="each")
+    judged = jax.device_get(rewards.judge_on_device([count, each], (None, None), TOKENS))
+    nan = np.nan
+    host = rewards.Scores(np.float32([0.5, nan]), None, {"host": np.float32([0.5, nan])})
+    merged = rewards.merge(host, *judged, np.asarray(TOKENS.mask))
+    np.testing.assert_allclose(merged.total, [0.5 + 2 - 2.4, 2 - 2.8], rtol=1e-5)
+    assert merged.total.dtype == np.float32
+    assert list(merged.parts) == ["host", "count", "each"]
+    wanted = [[-1.0, -1.4], [-1.2, -1.6]]
+    np.testing.assert_allclose(merged.per_token, wanted, rtol=1e-6)
+    host = host._replace(per_token=[np.float32([1, 1]), np.float32([0, 2])])
+    np.testing.assert_allclose(
+        rewards.merge(host, *judged, np.asarray(TOKENS.mask)).per_token, np.add(wanted, [[1, 1], [0, 2]]), rtol=1e-6
+    )
+    alone = jax.device_get(rewards.judge_on_device([count], (None,), TOKENS))
+    assert rewards.merge(host._replace(per_token=None), *alone, np.asarray(TOKENS.mask)).per_token is None

@@ -71,7 +71,7 @@ def test_numeric_match():
 
 def test_an_answer_without_a_number_is_a_fault_of_the_data():
     with pytest.raises(
-        rewards.RewardError, match="numeric_match failed in row 2: .*no number in the field answer: 'x'"
+        rewards.RewardError, match=r"numeric_match failed in row 2: .*no number in the field answer: 'x'"
     ):
         judge(rewards.numeric_match)
 
@@ -183,7 +183,7 @@ def test_token_f1_as_squad_scores_it():
 
 @pytest.mark.parametrize("fn", [rewards.bleu, rewards.chrf, rewards.rouge_l, rewards.token_f1])
 def test_reference_goes_before_answer_and_one_is_needed(fn):
-    assert of(fn, ["a b c d"], answer=["x"], reference=["a b c d"]) in (pytest.approx([1.0]),) or fn is rewards.token_f1
+    assert of(fn, ["a b c d"], answer=["x"], reference=["a b c d"]) == pytest.approx([1.0])
     with pytest.raises(ValueError, match=f"{fn.__name__} compares with a reference: the data needs a field reference"):
         of(fn, ["x"])
     with pytest.raises(ValueError, match="row 1 has an empty list of references"):

@@ -1,0 +1,255 @@
+"""Rewards by models: reward models of ours, decoders and encoders of Hugging Face, embeddings."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import data, models, policy, rewards
+from rljax.checkpoint import Checkpoints
+from rljax.manifest import write_json
+from rljax.models import encoder, hf, resolve
+from rljax.rewards import checkpoints
+
+FIXTURES = pathlib.Path(__file__).parent.parent / "models" / "fixtures"
+PROMPTS = ["Once upon a time", "The cat", "She", "One day, Lily and Tom went to the park to play with a ball."]
+COMPLETIONS = [" there was a dog.", " sat on the mat and it was very happy because the sun was out.", "", " They ran."]
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(stories):
+    """(policy, reward model's params): stories260K with a random head and a bias."""
+    start = policy.load(str(stories))
+    head = models.scalar_head(start.model.config.hidden_size).init(jax.random.key(1))
+    return start, {"model": start.params, "head": {**head, "bias": jnp.asarray(0.25)}}
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    start, params = trained
+    path = tmp_path_factory.mktemp("rm") / "reward"
+    hf.save_reward(path, start.model, params, tokenizer=start.tokenizer)
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(trained):
+    """From the tokens of a comparison: prompt, completion and end token."""
+    start, params = trained
+    rows = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        pair = {"prompt": prompt, "completions": [completion, "x"], "best": 0}
+        rows.append(data.comparison_example(pair, start.tokenizer).examples[0])
+        assert rows[-1].ids[-1] == start.tokenizer.eos_token_id
+    score = jax.jit(models.reward_model(start.model).scores)
+    return np.asarray(score(params, data.pad(rows, 50)))
+
+
+def test_a_decoder_scores_texts_with_its_own_tokenizer(folder, expected):
+    reward = rewards.from_checkpoint(folder, batch=3)
+    assert (reward.name, reward.on_device) == ("reward", False)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), expected, rtol=2e-4, atol=2e-5)
+    assert np.ptp(expected) > 0.05  # the rows differ, so that their order is tested
+    few = rewards.from_checkpoint(folder, batch=3, output="probability")
+    np.testing.assert_allclose(few(PROMPTS, COMPLETIONS), 1 / (1 + np.exp(-expected)), rtol=2e-4)
+
+
+def test_few_programs_are_compiled(folder):
+    reward = rewards.from_checkpoint(folder, batch=2, max_length=30)
+    words = [" the dog ran" * n for n in range(1, 40)]
+    reward(PROMPTS[:1] * len(words), words)
+    assert checkpoints._open(reward.fn).score._cache_size() <= 2  # widths 16 and 30
+
+
+def test_a_long_row_loses_the_beginning_of_its_prompt(folder, stories):
+    tokenizer = resolve.load_tokenizer(stories)
+    tokenizer.add_bos_token = True
+    whole = data.completion_example({"prompt": PROMPTS[3], "completion": COMPLETIONS[3]}, tokenizer)
+    limit = len(whole.ids) - 4
+    cut = checkpoints._ids(PROMPTS[3], COMPLETIONS[3], tokenizer, limit)
+    assert cut.tolist() == [whole.ids[0], *whole.ids[5:]]  # <s> stays
+    tail = checkpoints._ids(PROMPTS[3], COMPLETIONS[3] * 9, tokenizer, 10)
+    assert len(tail) == 10
+    assert tail[0] == whole.ids[0]
+    with pytest.raises(ValueError, match=r"max_length=100000, but .* has 512 positions"):
+        rewards.from_checkpoint(folder, max_length=100_000)(PROMPTS, COMPLETIONS)
+
+
+def test_with_the_policys_tokenizer_a_decoder_scores_tokens_on_the_device(folder, trained, expected):
+    start, _ = trained
+    assert checkpoints.same_tokenizer(start.tokenizer, resolve.load_tokenizer(folder))
+    lazy = rewards.from_checkpoint(folder, weight=2.0, name="rm")
+    (reward,) = rewards.opened([lazy], start.tokenizer)
+    assert (reward.on_device, reward.weight, reward.name) == (True, 2.0, "rm")
+    assert rewards.from_checkpoint(folder, tokenizer=start.tokenizer).on_device
+    made = [
+        data.completion_example({"prompt": p, "completion": c}, start.tokenizer)
+        for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+    ]
+    tokens = jax.tree.map(jnp.asarray, data.pad(made, 64))
+    total, per_token, parts = jax.jit(lambda params, tokens: rewards.judge_on_device([reward], params, tokens))(
+        rewards.device_params([reward]), tokens
+    )
+    np.testing.assert_allclose(parts["rm"], expected, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(total, 2 * np.asarray(parts["rm"]))
+    assert per_token is None
+
+
+def test_another_tokenizer_keeps_it_on_the_host(folder, stories):
+    other = resolve.load_tokenizer(stories)
+    other.chat_template = CHAT
+    assert not checkpoints.same_tokenizer(other, resolve.load_tokenizer(stories))
+    assert not rewards.opened([rewards.from_checkpoint(folder)], other)[0].on_device
+
+
+def test_prompts_of_messages_go_through_the_template_of_the_reward_model(folder, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(folder, chatty)
+    (chatty / "chat_template.jinja").write_text(CHAT)
+    messages = [[{"role": "user", "content": text}] for text in PROMPTS[:2]]
+    plain = [f"user: {text}\nassistant: " for text in PROMPTS[:2]]
+    got = rewards.from_checkpoint(chatty)(messages, COMPLETIONS[:2])
+    np.testing.assert_allclose(got, rewards.from_checkpoint(folder)(plain, COMPLETIONS[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_of_ours(trained, tmp_path, stories, expected):
+    start, params = trained
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = {"kind": "RewardModel", "model": str(stories), "dtype": "float32", "best": None, "best_mode": "max"}
+    write_json(run / "experiment.json", settings)
+    with Checkpoints(run / "checkpoints") as saved:
+        saved.save(3, {"params": params}, {})
+    reward = rewards.from_checkpoint(run)
+    np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), expected, rtol=2e-4, atol=2e-5)
+    assert rewards.opened([reward], start.tokenizer)[0].on_device
+
+    write_json(run / "experiment.json", {**settings, "kind": "SFT"})
+    with Checkpoints(tmp_path / "policy") as saved:
+        saved.save(1, {"params": start.params}, {})
+    shutil.rmtree(run / "checkpoints")
+    shutil.move(tmp_path / "policy", run / "checkpoints")
+    with pytest.raises(ValueError, match="is the run of a policy, which gives no rewards"):
+        rewards.opened([rewards.from_checkpoint(run, batch=4)])
+
+
+def test_wrong_paths_are_found_when_opened_and_named_while_judging(tmp_path, stories):
+    reward = rewards.from_checkpoint(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="there is no folder"):
+        rewards.opened([reward])
+    judging = rewards.start([reward], ["p"], ["c"], fields={}, prompt_ids=[[1]], completion_ids=[[1]])
+    with pytest.raises(rewards.RewardError, match=r"the reward nothing failed .*there is no folder"):
+        judging.result(timeout=60)
+    with pytest.raises(ValueError, match=r"no score\.weight: it is not a reward model"):
+        rewards.opened([rewards.from_checkpoint(stories)])
+    with pytest.raises(ValueError, match="output is 'odds'; choose one of 'logit', 'probability'"):
+        rewards.from_checkpoint(stories, output="odds")
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "dog", "sat", "ran", "."]
+TEXTS = ["the cat sat.", "dog", "the dog ran. the cat ran."]
+
+
+def with_tokenizer(name, folder):
+    """A copy of an encoder's fixture with a tiny tokenizer of its special tokens' kind."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers import models as kinds
+
+    shutil.copytree(FIXTURES / name, folder)
+    tokenizer = Tokenizer(kinds.WordPiece({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))  # pyright: ignore
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return with_tokenizer("encoder_bert_classifier", tmp_path_factory.mktemp("encoders") / "bert")
+
+
+def logits(folder, *rows, types=None):
+    """Of rows of token ids."""
+    model, params = encoder.load(folder)
+    width = model.config.max_positions
+    ids, segments = np.zeros((2, len(rows), width), np.int32)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], segments[place, : len(row)] = row, 1
+    types = None if types is None else np.asarray([types + [0] * (width - len(types))])
+    return np.asarray(jax.jit(model.classify)(params, ids, segments, types=types))
+
+
+def test_an_encoder_gives_the_logit_or_probability_of_a_label(classifier):
+    reward = rewards.from_checkpoint(classifier, label="good", judged="completion", batch=2)
+    wanted = logits(classifier, [2, 4, 5, 7, 9, 3], [2, 6, 3], [2, 4, 6, 8, 9, 4, 5, 8, 9, 3])
+    np.testing.assert_allclose(reward([""] * 3, TEXTS), wanted[:, 2], rtol=1e-4, atol=1e-5)
+    fine = rewards.from_checkpoint(classifier, label="fine", judged="completion", output="probability")
+    np.testing.assert_allclose(fine([""] * 3, TEXTS), np.exp(wanted[:, 1]) / np.exp(wanted).sum(1), rtol=1e-4)
+    assert not rewards.opened([reward], resolve.load_tokenizer(classifier))[0].on_device
+
+
+def test_an_encoder_reads_prompt_and_completion_as_one_text_or_as_a_pair(classifier):
+    prompts, said = ["the cat ", [{"role": "user", "content": "the cat"}]], ["sat.", "sat."]
+    one = rewards.from_checkpoint(classifier, label="bad")
+    np.testing.assert_allclose(one(prompts, said), [logits(classifier, [2, 4, 5, 7, 9, 3])[0, 0]] * 2, rtol=1e-4)
+    pair = rewards.from_checkpoint(classifier, label="bad", judged="pair")
+    wanted = logits(classifier, [2, 4, 5, 3, 7, 9, 3], types=[0, 0, 0, 0, 1, 1, 1])[0, 0]
+    np.testing.assert_allclose(pair(prompts, said), [wanted] * 2, rtol=1e-4)
+    # 20 positions: the end of the text is what is left
+    long = rewards.from_checkpoint(classifier, label="bad")(["dog " * 30], ["cat"])
+    np.testing.assert_allclose(long, logits(classifier, [2, *[6] * 17, 5, 3])[:, 0], rtol=1e-4)
+
+
+def test_labels_have_to_be_named_and_there(classifier):
+    with pytest.raises(ValueError, match=r"3 labels apart \(bad, fine, good\), and no label was named: set label"):
+        rewards.opened([rewards.from_checkpoint(classifier)])
+    with pytest.raises(ValueError, match="and 'great' is none of them"):
+        rewards.opened([rewards.from_checkpoint(classifier, label="great")])
+
+
+@pytest.mark.parametrize("name", ["encoder_distilbert_classifier", "encoder_roberta_classifier"])
+def test_the_other_encoders(name, tmp_path):
+    folder = with_tokenizer(name, tmp_path / "encoder")
+    label = json.loads((folder / "config.json").read_text()).get("id2label", {"0": "LABEL_0"})["0"]
+    reward = rewards.from_checkpoint(folder, label=label, judged="completion")
+    np.testing.assert_allclose(reward([""], TEXTS[:1]), logits(folder, [2, 4, 5, 7, 9, 3])[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_embedding_similarity(tmp_path):
+    folder = with_tokenizer("encoder_bert", tmp_path / "encoder")
+    model, params = encoder.load(folder)
+    ids = np.asarray([[2, 5, 3, 0, 0], [2, 6, 3, 0, 0], [2, 6, 8, 9, 3]], np.int32)
+    found = np.asarray(jax.jit(encoder.embed, static_argnums=0)(model, params, ids, (ids > 0).astype(np.int32)))
+    cat, dog, ran = found / np.linalg.norm(found, axis=1, keepdims=True)
+    got = rewards.embedding_similarity(
+        [""] * 4,
+        ["cat", "cat", "cat", "dog ran."],
+        reference=["cat", "dog", None, ["cat", "dog"]],
+        encoder=str(folder),
+    )
+    wanted = [1.0, cat @ dog, None, max(ran @ cat, ran @ dog)]
+    assert got == pytest.approx(wanted, abs=1e-5)
+    with pytest.raises(ValueError, match="embedding_similarity compares with a reference"):
+        rewards.embedding_similarity([""], ["cat"], encoder=str(folder))
+
+
+@pytest.mark.slow
+def test_similarity_by_a_real_encoder():
+    folder = resolve.cache_folder() / "sentence-transformers--all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        pytest.skip("all-minilm-l6-v2 has not been fetched")
+    said = ["A feline is resting in the garden.", "Stock prices fell sharply on Monday."]
+    near, far = rewards.embedding_similarity(["", ""], said, answer=["The cat sits outside."] * 2)
+    assert near > 0.5 > 0.2 > far
