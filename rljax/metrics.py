@@ -32,7 +32,7 @@ METRICS: dict[str, Definition] = {
     ),
     "margin": Definition("Score of the best response minus the mean score of the others", "", "higher", "margin"),
     "reward/mean": Definition("Mean score that the reward model gives", group="reward"),
-    "reward/std": Definition("Standard deviation of the reward model's scores", group="reward"),
+    "reward/std": Definition("Standard deviation of the scores", group="reward"),
     "reward/chosen": Definition("Mean score of the preferred responses", group="reward"),
     "reward/rejected": Definition("Mean score of the other responses", group="reward"),
     "rewards/chosen": Definition(f"{_REWARD}: its mean over preferred (KTO: desirable) responses", group="rewards"),
@@ -98,8 +98,7 @@ METRICS: dict[str, Definition] = {
         group="approxkl",
     ),
     "policy/clipfrac_avg": Definition(
-        "Share of trained tokens whose clipped surrogate is strictly the larger one, so that they get no gradient "
-        "(not |ratio − 1| > clip)",
+        "Share of trained tokens whose clipped surrogate is strictly larger: no gradient (not |ratio − 1| > clip)",
         group="share",
     ),
     "policy/entropy_avg": Definition(
@@ -109,7 +108,7 @@ METRICS: dict[str, Definition] = {
     ),
     "policy/updates": Definition("Updates made in the iteration; target_kl skips the rest", group="updates"),
     "loss/policy_avg": Definition(
-        "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; its gradient counts",
+        "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; the gradient counts",
         group="loss",
     ),
     "loss/value_avg": Definition("The critic's loss per trained token, before value_coef", "", "lower", "value"),
@@ -130,7 +129,7 @@ METRICS: dict[str, Definition] = {
     "frac_reward_zero_std": Definition(
         "Share of prompts whose completions all score alike, so that group-relative advantages are 0", group="share"
     ),
-    "rewards/none_ratio": Definition("Share of completions that no reward applies to; they train nothing", group="share"),
+    "rewards/none_ratio": Definition("Share of completions that no reward applies to: untrained", group="share"),
     "sampling/logp_difference": Definition(
         "Mean |log-probability by the trainer − by the sampler| of sampled tokens: rounding, and how old rollouts are",
         "nats/token",

@@ -154,6 +154,9 @@ def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tra
         rows = data.read(run.data, split=run.split)
     if run.eval_data is not None:
         return rows, data.read(run.eval_data)
+    if len(rows) == 1:
+        tracker.status("the data has one row: it is also what is evaluated on")
+        return rows, rows
     held = max(1, min(run.eval_rows, len(rows) // 10))
     return data.split(rows, count=held, seed=run.seed)
 
