@@ -45,6 +45,25 @@ def jax_matmul_peak(dtype: str) -> Callable[[], float]:
     return lambda: 2 * size**3 / best_seconds(lambda: multiply(x).block_until_ready(), 5)
 
 
+def bandwidth() -> Callable[[], float]:
+    """A function that measures how many bytes a second can be read from the memory that holds the weights.
+
+    On an accelerator that is the sum of a large array in JAX; on CPUs a dot product in numpy's BLAS, which is closer to
+    what the cores can read than a loop of either library.
+    """
+    import numpy as np
+
+    size = 64 * 2**20  # elements, 256 MiB: beyond all caches
+    if "jax" in sys.modules and sys.modules["jax"].default_backend() != "cpu":
+        import jax
+
+        x, add = jax.numpy.ones(size), jax.jit(jax.numpy.sum)
+        add(x).block_until_ready()
+        return lambda: 4 * size / best_seconds(lambda: add(x).block_until_ready(), 5)
+    y = np.ones(size, np.float32)
+    return lambda: 4 * size / best_seconds(lambda: np.dot(y, y), 5)
+
+
 def torch_matmul_peak() -> Callable[[], float]:
     """The same in torch, float32 on the CPU."""
     import torch
@@ -93,14 +112,14 @@ def _rounded(value: Any) -> Any:
 # take turns, so that a noisy machine is noisy for all of them and at no time are two of them at work.
 
 
-def serve(facts: dict[str, Any], step: Callable[[], Any], peak: Callable[[], float]) -> None:
-    """The worker's side: say `facts`, then for every line on stdin one step and one measure of the peak."""
+def serve(facts: dict[str, Any], step: Callable[[], Any], **measures: Callable[[], float]) -> None:
+    """The worker's side: say `facts`, then for every line on stdin one step and one of each measure of the machine."""
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()
         step()
         found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        print(json.dumps(found | {"peak": peak()}), flush=True)
+        print(json.dumps(found | {name: measure() for name, measure in measures.items()}), flush=True)
 
 
 class Worker:

@@ -156,7 +156,7 @@ def work(options: argparse.Namespace) -> None:
     """One case in this process, step by step as `main` asks."""
     case = prepare(options)
     facts = {"versions": machine.versions("jax", "jaxlib", "flax", "optax"), **case.facts}
-    machine.serve(facts, case.step, machine.jax_matmul_peak(options.dtype))
+    machine.serve(facts, case.step, peak=machine.jax_matmul_peak(options.dtype))
 
 
 def figures(options: argparse.Namespace, worker: machine.Worker, update: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
 import functools
 import importlib.util
@@ -10,9 +9,10 @@ import inspect
 import os
 import pathlib
 import sys
+import types
 import typing
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import tyro
@@ -21,6 +21,7 @@ from rich.console import Console
 from rljax import artefacts, evidence, offline, online, progress
 from rljax import report as reports
 
+PLAIN = (bool, int, float, str)  # what can be written on a command line
 USAGE = """usage: rljax COMMAND …
 
   run FILE [--field value …]        train what FILE's `experiment` describes (or call its `main`)
@@ -210,15 +211,16 @@ def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") 
             if group is not None:
                 options.append((name, type(group), dataclasses.field(default=group)))
                 defaults[name] = group
-        else:
-            options.append((name, _without_functions(hints[name]), dataclasses.field(default=value)))
+        elif (kind := _written(hints[name])) is not None and (value is None or isinstance(value, PLAIN)):
+            options.append((name, kind, dataclasses.field(default=value)))
     made = dataclasses.make_dataclass(type(experiment).__name__, options, kw_only=True, frozen=True)
     made.__doc__ = type(experiment).__doc__
     chosen = tyro.cli(made, args=list(argv), prog=prog)
     changes = {name: getattr(chosen, name) for name, _, _ in options}
     for name, default in defaults.items():
-        same = changes[name] == default
-        changes[name] = values[name] if same else functools.partial(values[name], **dataclasses.asdict(changes[name]))
+        old = dataclasses.asdict(default)
+        given = {key: value for key, value in dataclasses.asdict(changes[name]).items() if value != old[key]}
+        changes[name] = functools.partial(values[name], **given) if given else values[name]
     return dataclasses.replace(experiment, **changes)
 
 
@@ -239,11 +241,10 @@ def _keyword_options(name: str, function: Callable[..., Any]) -> Any:
 
 def _option_type(hint: Any, default: Any) -> Any:
     """What to read an option as: its annotation if that is plain, else the type of its default (1 may become 0.5)."""
-    plain = (bool, int, float, str)
-    if default is inspect.Parameter.empty or not (default is None or isinstance(default, plain)):
+    if default is inspect.Parameter.empty or not (default is None or isinstance(default, PLAIN)):
         return None
-    if any(hint is t for t in plain) or (
-        typing.get_args(hint) and all(t in (*plain, type(None)) for t in typing.get_args(hint))
+    if any(hint is t for t in PLAIN) or (
+        typing.get_args(hint) and all(t in (*PLAIN, NoneType) for t in typing.get_args(hint))
     ):
         return hint
     if default is None:  # a number where there is one: `ops.Scalar | None`
@@ -260,7 +261,12 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _without_functions(hint: Any) -> Any:
-    """The part of a union that can be written on a command line."""
-    parts = [t for t in typing.get_args(hint) if typing.get_origin(t) is not collections.abc.Callable]
-    return typing.Union[tuple(parts)] if len(parts) > 1 else hint if not parts else parts[0]  # noqa: UP007
+def _written(hint: Any) -> Any:
+    """The part of a field's type that can be written on a command line; None where nothing can."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    parts = [t for t in (typing.get_args(hint) if union else (hint,)) if t in PLAIN or _is_literal(t) or t is NoneType]
+    return typing.Union[tuple(parts)] if parts and parts != [NoneType] else None  # noqa: UP007
+
+
+def _is_literal(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Literal

@@ -9,31 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from rljax import data, policy, reference, rewards, sharding
+from rljax import judges, policy, reference, rewards, sharding
 from rljax.environments import play
 from rljax.iteration import Trace, Verdict
+from rljax.judges import Judges, local
+from rljax.prompts import Prompts, prompt_tokens
 from rljax.types import Params, Rollout, Tokens
 from rljax.views import decoder_params
-
-BUCKET = policy.BUCKET
-
-
-class Prompts(NamedTuple):
-    """A data set as batches of prompts, each a function of its number."""
-
-    rows: data.Rows
-    ids: Callable[[int], np.ndarray]  # of row i
-    width: int  # of all batches
-    batch: Callable[[int], np.ndarray]  # number of a batch -> row indices of this process's share
 
 
 class Round(NamedTuple):
@@ -51,47 +41,6 @@ class Experience(NamedTuple):
     born: np.ndarray  # i32[b]: the iteration whose policy wrote the row; −1 for a row that is not there
 
 
-def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
-    """All prompts have to fit in one width, so that everything compiles once: that of the longest, up to max_prompt."""
-    read = data.memoized(rows, functools.partial(data.prompt_example, tokenizer=tokenizer, max_prompt=run.max_prompt))
-
-    def ids(index: int) -> np.ndarray:
-        example = read(index)
-        return np.zeros(0, np.int32) if example is None else example.ids
-
-    counted = range(len(rows)) if len(rows) <= 20_000 and run.environment is None else ()
-    longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
-    width = -(-longest // BUCKET) * BUCKET
-    indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
-    return Prompts(rows, ids, width, lambda number: indices(step=number))
-
-
-def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Tokens:
-    """The prompts of some rows, left-padded, [rows width]."""
-    return policy.left_pad([source.ids(int(i)) for i in indices], rows=len(indices), width=source.width)
-
-
-def judge(
-    asked: Sequence[rewards.Reward],
-    source: Prompts,
-    indices: Sequence[int] | np.ndarray,
-    tokens: Tokens,
-    tokenizer: Any,
-) -> rewards.Judgement:
-    """Begin to judge completions on the host. indices: the data row of each row of `tokens`."""
-    some = [source.rows[int(i)] for i in indices]
-    names = dict.fromkeys(name for row in some for name in row if name != "prompt")
-    ids, mask = np.asarray(tokens.ids), np.asarray(tokens.mask)
-    return rewards.start(
-        asked,
-        [row["prompt"] for row in some],
-        policy.decode(tokenizer, tokens),
-        fields={name: [row.get(name) for row in some] for name in names},
-        prompt_ids=[source.ids(int(i)) for i in indices],
-        completion_ids=[row[where] for row, where in zip(ids, mask, strict=True)],
-    )
-
-
 def verdict_of(scores: rewards.Scores, mask: np.ndarray) -> Verdict:
     """Scores of rows, on the host, with per-token rewards (0 where there are none) put where their tokens stand."""
     per_token = np.zeros(mask.shape, np.float32)
@@ -101,29 +50,17 @@ def verdict_of(scores: rewards.Scores, mask: np.ndarray) -> Verdict:
     return Verdict(**arrays)
 
 
-class Leaving(Exception):
-    """A signal came while the run waited for rewards."""
-
-
-def leave_if(stop: Any) -> None:
-    """Stop waiting where a signal came (of several processes none may leave alone)."""
-    if stop.requested is not None and jax.process_count() == 1:
-        raise Leaving
-
-
 class Sampler(NamedTuple):
     """All that it takes to collect; made once by the program."""
 
     run: Any
     mesh: Mesh
     start: policy.Policy  # model, tokenizer and stop ids; its weights are not used
-    asked: tuple[rewards.Reward, ...]
+    judges: Judges
     source: Prompts
     sample: Callable[[Params, Tokens, jax.Array], Rollout]  # compiled
     greedy: Callable[[Params, Tokens], Rollout] | None  # compiled
     queue: Experience | None  # an empty queue, where the run has one
-    poll: Callable[[], None]  # raises to stop waiting
-    say: Callable[[str], None]
 
 
 def begin(sampler: Sampler, params: Params, number: int) -> Round:
@@ -138,17 +75,14 @@ def begin(sampler: Sampler, params: Params, number: int) -> Round:
     greedy = None if sampler.greedy is None else sampler.greedy(params, asked)
 
     def start() -> Callable[[], Verdict]:
-        texts = [(np.repeat(indices, run.group), rollout)] + ([(indices, greedy)] if greedy is not None else [])
-        tokenizer = sampler.start.tokenizer
-        judging = [judge(sampler.asked, source, i, local(r.tokens, mesh), tokenizer) for i, r in texts]
-        return functools.partial(wait, judging)
+        judging = judges.start(sampler.judges, source, np.repeat(indices, run.group), rollout.tokens)
+        alone = None if greedy is None else judges.start(sampler.judges, source, indices, greedy.tokens)
+        return functools.partial(wait, judging, alone)
 
-    def wait(judging: Sequence[rewards.Judgement]) -> Verdict:
-        patience: dict[str, Any] = {"timeout": run.reward_timeout, "poll": sampler.poll, "say": sampler.say}
-        found = [judgement.result(**patience) for judgement in judging]
-        said = verdict_of(found[0], np.asarray(local(rollout.tokens.mask, mesh)))
-        if len(found) > 1:
-            said = dataclasses.replace(said, greedy=np.repeat(found[1].total, run.group))
+    def wait(judging: Callable[[], rewards.Scores], alone: Callable[[], rewards.Scores] | None) -> Verdict:
+        said = verdict_of(judging(), np.asarray(local(rollout.tokens.mask, mesh)))
+        if alone is not None:
+            said = dataclasses.replace(said, greedy=np.repeat(alone().total, run.group))
         return reference.place(said, mesh)
 
     return Round(rollout, start)
@@ -177,21 +111,12 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
         sampling={k: v for k, v in run.sampling().items() if k != "stop_ids"},
         seed=run.seed + number,
         timeout=run.reward_timeout,
-        poll=sampler.poll,
+        poll=sampler.judges.poll,
     )
     total = np.where([f is None for f in episodes.failures], episodes.rewards.sum(1), np.nan).astype(np.float32)
     arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": episodes.rewards}
     rollout, verdict = reference.place((episodes.rollout, Verdict(**arrays)), sampler.mesh)
     return Round(rollout, lambda: lambda: verdict)
-
-
-def local(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows of global arrays, as numpy."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(
-        lambda x: np.asarray(multihost_utils.global_array_to_host_local_array(x, mesh, P(sharding.ROWS))), tree
-    )
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -300,20 +225,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 def check_on_device(sampler: Sampler, watched: tuple[int, Trace] | None) -> None:
     """RewardError where a JAX reward gave an earlier iteration a NaN (that row trained nothing)."""
-    if watched is None or not all(one.on_device for one in sampler.asked) or not sampler.asked:
-        return
-    step, trace = watched
-    tokens, parts = local((trace.rollout.tokens, trace.verdict.parts), sampler.mesh)
-    for name, values in parts.items():
-        for row in np.flatnonzero(~np.isfinite(values))[:1]:
-            real, mask = tokens.segments[row] > 0, tokens.mask[row]
-            decode = sampler.start.tokenizer.decode
-            raise rewards.RewardError(
-                f"the reward {name} failed in row {row} of iteration {step}: it returned {values[row]}. Row {row}: "
-                f"prompt {decode(tokens.ids[row][real & ~mask])!r}, completion {decode(tokens.ids[row][mask])!r}"
-            )
-
-
-def fields(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The names of the data's fields beside the prompt."""
-    return tuple(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+    if watched is not None and sampler.judges.device and not sampler.judges.host:
+        step, trace = watched
+        tokens, parts = local((trace.rollout.tokens, trace.verdict.parts), sampler.mesh)
+        judges.refuse_nan(parts, tokens, sampler.start.tokenizer, f" of iteration {step}")

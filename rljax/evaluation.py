@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rljax import collect, data, policy, program, rewards, settings, shaping, tracking, views
+from rljax import data, judges, policy, program, prompts, settings, shaping, tracking, views
 from rljax.environments import play
 from rljax.iteration import Learner
 from rljax.program import Progress
@@ -33,10 +33,10 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     key = jax.random.key(np.uint32(seed))
     if run.environment is not None:
         return _episodes(run, setup, now, rows, key, drawn)
-    prompts = [row["prompt"] for row in rows]
+    asked = [row["prompt"] for row in rows]
     made = policy.complete(
         now,
-        prompts,
+        asked,
         key,
         max_new_tokens=run.max_completion,
         batch=min(run.batch * run.group, max(1, len(rows))),
@@ -44,22 +44,10 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
         **drawn,
     )
     rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
-    asked = setup.sampler.asked
-    host = tuple(one for one in asked if not one.on_device)
-    total, parts = np.zeros(len(rows), np.float32), {}
-    if host:
-        source = collect.prompts(run, now.tokenizer, rows)
-        judging = collect.judge(host, source, range(len(rows)), rollouts.tokens, now.tokenizer)
-        said = judging.result(timeout=run.reward_timeout, poll=setup.sampler.poll, say=setup.sampler.say)
-        total, parts = total + said.total, dict(said.parts)
-    device = tuple(one for one in asked if one.on_device)
-    if device:
-        judge = jax.jit(lambda params, tokens: rewards.judge_on_device(device, params, tokens))
-        found = [jax.device_get(judge(rewards.device_params(device), r.tokens)) for r in made.rollouts]
-        total = total + np.concatenate([one[0] for one in found])
-        parts |= {name: np.concatenate([one[2][name] for one in found]) for name in found[0][2]}
+    source = prompts.prompts(run, now.tokenizer, rows)
+    said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
-    return Written([shown(prompt) for prompt in prompts], made.texts, total, parts, lengths, finished)
+    return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
 
 
 def shown(prompt: Any) -> str:
@@ -79,14 +67,14 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
         sampling=drawn,
         seed=run.seed,
         timeout=run.reward_timeout,
-        poll=setup.sampler.poll,
+        poll=setup.sampler.judges.poll,
     )
     tokens = episodes.rollout.tokens
     total = episodes.rewards.sum(1).astype(np.float32)
-    prompts = policy.decode(now.tokenizer, _prompt_part(tokens))
+    asked = policy.decode(now.tokenizer, _prompt_part(tokens))
     parts = {"environment": total}
     lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(episodes.rollout.finished)
-    return Written(prompts, episodes.texts, total, parts, lengths, finished)
+    return Written(asked, episodes.texts, total, parts, lengths, finished)
 
 
 def _prompt_part(tokens: Any) -> Any:

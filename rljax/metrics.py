@@ -108,7 +108,7 @@ METRICS: dict[str, Definition] = {
     ),
     "policy/updates": Definition("Updates made in the iteration; target_kl skips the rest", group="updates"),
     "loss/policy_avg": Definition(
-        "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; the gradient counts",
+        "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; mind its gradient",
         group="loss",
     ),
     "loss/value_avg": Definition("The critic's loss per trained token, before value_coef", "", "lower", "value"),

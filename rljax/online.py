@@ -33,10 +33,12 @@ from rljax import (
     evaluation,
     evidence,
     iteration,
+    judges,
     methods,
     models,
     policy,
     program,
+    prompts,
     reference,
     report,
     rewards,
@@ -135,30 +137,36 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     for rows in (train_rows, held_out):
         data.check(rows, data.prompt_row if run.environment is None else dict)
     asked = () if run.reward is None else rewards.as_rewards(run.reward)
-    rewards.check_fields(asked, collect.fields(train_rows[:1]))
+    rewards.check_fields(asked, prompts.fields(train_rows[:1]))
+    asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
     drawn = settings.sampling(run, start.stop_ids)
     method = _method(run, start, critic, drawn)
     optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
     learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
     learner, shardings = program.place_state(learner, models.RULES, mesh)
     parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
-    source = collect.prompts(run, start.tokenizer, train_rows)
+    source = prompts.prompts(run, start.tokenizer, train_rows)
     pretrain = _pretrain(run, start, mesh)
     base = start.params if method.reference else None
     reward_params = rewards.device_params(asked)
     example = (learner, base, reward_params, collect.abstract_prompts(run, source, mesh), pretrain(0))
-    compiled = _compile(run, parts, method, shardings, example, [one.name for one in asked], tracker)
+    compiled = _compile(run, parts, method, shardings, example, asked, tracker)
     sampler = collect.Sampler(
         run=run,
         mesh=mesh,
         start=start,
-        asked=asked,
+        judges=judges.make(
+            asked,
+            tokenizer=start.tokenizer,
+            mesh=mesh,
+            timeout=run.reward_timeout,
+            stop=stop,
+            say=tracker.status,
+        ),
         source=source,
         sample=compiled["sample"],
         greedy=compiled["greedy"],
         queue=compiled["queue"],
-        poll=functools.partial(collect.leave_if, stop),
-        say=tracker.status,
     )
     plain = views.of_policy(start.model, sampling=drawn, max_trained=run.max_completion)
     return Setup(
@@ -186,16 +194,15 @@ def _compile(
     method: methods.Method,
     shardings: Learner,
     example: tuple[Any, ...],
-    names: Sequence[str],
+    asked: Sequence[rewards.Reward],
     tracker: tracking.Tracker,
 ) -> dict[str, Any]:
     """Each function once, before the first iteration; another shape would be an error then, not a recompile."""
-    learner, base, reward_params, asked, text = example
+    learner, base, reward_params, prompt, text = example
     key, params = jax.random.key(0), learner.train.params
-    mesh = asked.ids.sharding.mesh
-    rolled = jax.eval_shape(parts.sample, params, asked, key)
-    if run.environment is not None:
-        names = ["environment"]
+    mesh = prompt.ids.sharding.mesh
+    rolled = jax.eval_shape(parts.sample, params, prompt, key)
+    names = [one.name for one in asked] if run.environment is None else ["environment"]
     rollout = collect.placed(rolled, mesh)
     rows = jax.tree.map(lambda x: x.sharding, rollout)
     found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
@@ -209,13 +216,13 @@ def _compile(
     ):
         with tracker.phase("compiling the iteration"):
             whole = jax.jit(parts.whole, donate_argnums=0, **out)
-            found["whole"] = whole.lower(learner, base, reward_params, asked, text, key).compile()
+            found["whole"] = whole.lower(learner, base, reward_params, prompt, text, key).compile()
         return found
     with tracker.phase("compiling the sampler"):
         if run.environment is None:
-            found["sample"] = jax.jit(parts.sample, out_shardings=rows).lower(params, asked, key).compile()
+            found["sample"] = jax.jit(parts.sample, out_shardings=rows).lower(params, prompt, key).compile()
         if method.greedy:
-            found["greedy"] = jax.jit(parts.sample_greedy).lower(params, asked).compile()
+            found["greedy"] = jax.jit(parts.sample_greedy).lower(params, prompt).compile()
     with tracker.phase("compiling the update"):
         notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
         shaped = jax.tree.map(lambda x: x.sharding, notes)
@@ -300,7 +307,7 @@ def _loop(
             state, progress, metrics, trace = _advance(run, setup, state, progress, at)
             at += 1
             collect.check_on_device(setup.sampler, watched)  # of the iteration before: the device need not wait
-        except collect.Leaving:
+        except judges.Leaving:
             save(at)
             return
         except rewards.RewardError:
@@ -401,7 +408,7 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
 def _first_rollout(run: Sampled, setup: Setup) -> Any:
     """What the untrained policy makes of the first prompts, on the host."""
     if setup.whole is None:
-        return collect.local(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout, setup.sampler.mesh)
+        return judges.local(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout, setup.sampler.mesh)
     asked = collect.place_prompts(setup.sampler, 0)
     drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
     made = sampling.generate(
@@ -412,4 +419,4 @@ def _first_rollout(run: Sampled, setup: Setup) -> Any:
         max_new_tokens=run.max_completion,
         **drawn,
     )
-    return collect.local(made, setup.sampler.mesh)
+    return judges.local(made, setup.sampler.mesh)

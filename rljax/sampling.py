@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rljax import filters
 from rljax.filters import filter_logits
 from rljax.models import Cache, init_cache, repeat_cache, unstack
+from rljax.models.cache import insert, lengthen
 from rljax.models.heads import last_token
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
 __all__ = ["filter_logits", "generate"]
 
 BLOCK = 128  # tokens of the vocabulary that share a sum when one is drawn
+REFILL = 4  # slots are refilled when one in so many is free
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots")
+)
 def generate(
     model: LanguageModel,
     params: Params,
@@ -36,6 +40,7 @@ def generate(
     min_p: float | Array | None = None,
     min_new_tokens: int = 0,
     stop_ids: tuple[int, ...] = (),
+    slots: int | None = None,
 ) -> Rollout:
     """Continue every prompt n times until a row writes one of `stop_ids` or `max_new_tokens` tokens.
 
@@ -48,11 +53,16 @@ def generate(
     temperature, top_k, top_p, min_p, min_new_tokens: see `filters.Sampling`. `Rollout.logps` are those of the
       distribution that is left after all of them (log-probability 0 for greedy); `logprobs.token_logps` with the
       same settings computes them again. Temperature, top_p and min_p may be traced.
+    slots: how many rows are written at once, a multiple of n; None writes all. With fewer slots than rows, those whose
+      rows have stopped get the next prompts, a quarter of the slots at a time, and the tokens are the same ones.
     """
+    rows = prompts.ids.shape[0] * n
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if n < 1:
         raise ValueError(f"n must be at least 1 sample of each prompt, got {n}")
+    if slots is not None and (slots < 1 or slots % n):
+        raise ValueError(f"slots={slots} must be a positive multiple of n={n}: the samples of a prompt start together")
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     filters.check(**settings, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
     if jax.default_backend() == "cpu":
@@ -60,16 +70,19 @@ def generate(
     task = _Task(
         model=model,
         params=params,
-        keys=_row_keys(key, prompts.ids.shape[0] * n),
         settings=settings,
         min_new_tokens=min_new_tokens,
         stop_ids=stop_ids,
         max_new_tokens=max_new_tokens,
         n=n,
     )
-    rows, cache = _start(task, prompts)
-    rows, _ = jax.lax.while_loop(lambda now: jnp.any(now[0].alive), functools.partial(_step, task), (rows, cache))
-    return _rollout(task, prompts, rows)
+    keys = _row_keys(key, rows)
+    if slots is None or slots >= rows:
+        written, cache = _start(task, prompts, keys)
+        written, _ = lax.while_loop(lambda now: jnp.any(now[0].alive), functools.partial(_step, task), (written, cache))
+    else:
+        written = _in_slots(task, prompts, keys, slots)
+    return _rollout(task, prompts, written)
 
 
 class _Task(NamedTuple):
@@ -77,8 +90,7 @@ class _Task(NamedTuple):
 
     model: LanguageModel
     params: Params
-    keys: Array  # [rows]
-    settings: dict
+    settings: dict[str, Any]
     min_new_tokens: int
     stop_ids: tuple[int, ...]
     max_new_tokens: int
@@ -107,26 +119,36 @@ def _row_keys(key: Array, rows: int) -> Array:
     return key
 
 
-def _start(task: _Task, prompts: Tokens) -> tuple[_Rows, Cache]:
-    """Every prompt read once, and the first token of each of its n rows."""
+def _blank(task: _Task, keys: Array, segment: Array) -> _Rows:
+    """Rows without a token yet, that are not written to."""
+    rows = segment.size
+    return _Rows(
+        key=keys,
+        segment=segment,
+        place=jnp.zeros(rows, jnp.int32),
+        token=jnp.zeros(rows, jnp.int32),
+        alive=jnp.zeros(rows, bool),
+        ids=jnp.zeros((rows, task.max_new_tokens), jnp.int32),
+        logps=jnp.zeros((rows, task.max_new_tokens), jnp.float32),
+    )
+
+
+def _start(task: _Task, prompts: Tokens, keys: Array) -> tuple[_Rows, Cache]:
+    """Every prompt read once, the first token of each of its n rows, and a cache with room for the others."""
+    rows, cache = _read(task, prompts, keys)
+    return rows, lengthen(cache)
+
+
+def _read(task: _Task, prompts: Tokens, keys: Array) -> tuple[_Rows, Cache]:
+    """`_start`, with a cache as long as the prompts."""
     count, width = prompts.ids.shape
-    cache = init_cache(task.model.config, count, width + task.max_new_tokens)
+    cache = init_cache(task.model.config, count, width, capacity=width + task.max_new_tokens)
     hidden, cache = task.model.apply(task.params, prompts.ids, prompts.segments, cache=cache)
     last, exists = last_token(prompts.segments)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    hidden, segment, alive = (
-        jnp.repeat(x, task.n, axis=0) for x in (hidden, jnp.max(prompts.segments, axis=1), exists)
-    )
-    new = (segment.size, task.max_new_tokens)
-    rows = _Rows(
-        key=task.keys,
-        segment=segment,
-        place=jnp.zeros_like(segment),
-        token=jnp.zeros_like(segment),
-        alive=alive,  # a row without a prompt has nothing to continue
-        ids=jnp.zeros(new, jnp.int32),
-        logps=jnp.zeros(new, jnp.float32),
-    )
+    segment = jnp.max(prompts.segments, axis=1)
+    hidden, segment, alive = (jnp.repeat(x, task.n, axis=0) for x in (hidden, segment, exists))
+    rows = _blank(task, keys, segment)._replace(alive=alive)  # a row without a prompt has nothing to continue
     return _write(task, rows, hidden), repeat_cache(cache, task.n)
 
 
@@ -163,13 +185,83 @@ def _rollout(task: _Task, prompts: Tokens, rows: _Rows) -> Rollout:
     before = jax.tree.map(lambda x: jnp.repeat(x, task.n, axis=0), prompts)
     before = dataclasses.replace(before, mask=jnp.zeros_like(before.mask))
     mask = jnp.arange(task.max_new_tokens)[None] < rows.place[:, None]
-    new = Tokens(ids=rows.ids.astype(prompts.ids.dtype), segments=jnp.where(mask, rows.segment[:, None], 0), mask=mask)
+    segments = jnp.where(mask, jnp.max(before.segments, axis=1)[:, None], 0)
+    new = Tokens(ids=rows.ids.astype(prompts.ids.dtype), segments=segments, mask=mask)
     last = jnp.take_along_axis(rows.ids, jnp.maximum(rows.place - 1, 0)[:, None], axis=1)[:, 0]
     return Rollout(
         tokens=jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), before, new),
         logps=jnp.pad(rows.logps, ((0, 0), (prompts.ids.shape[1], 0))),
         finished=(rows.place > 0) & jnp.isin(last, jnp.asarray(task.stop_ids, jnp.int32)),
     )
+
+
+# More rows than slots: a slot whose row has stopped is filled again.
+
+
+class _Slots(NamedTuple):
+    rows: _Rows  # of s slots
+    owner: Array  # i32[s]; the row of the result that a slot writes
+    cache: Cache  # a ring
+    results: _Rows  # what was written, of all rows
+    group: Array  # i32[]; the prompts that come next
+
+
+def _in_slots(task: _Task, prompts: Tokens, keys: Array, slots: int) -> _Rows:
+    """All rows, with `slots` of them at work at any time.
+
+    Prompts are read in groups that fill a quarter of the slots (`REFILL`): as soon as so many are free, so that one
+    that has stopped does not wait for long, and reading prompts still is a product with many rows.
+    """
+    size = max(1, slots // task.n // REFILL)
+    groups = -(-prompts.ids.shape[0] // size)
+    prompts = jax.tree.map(lambda x: jnp.pad(x, ((0, groups * size - len(x)), (0, 0))), prompts)
+    rows = len(prompts.ids) * task.n
+    keys, wanted = keys[jnp.minimum(jnp.arange(rows), len(keys) - 1)], len(keys)
+    segment = jnp.repeat(jnp.max(prompts.segments, axis=1), task.n)
+    length = prompts.ids.shape[1] + task.max_new_tokens
+
+    def busy(now: _Slots) -> Array:
+        free = jnp.sum(~now.rows.alive)
+        return (free < slots) & ((free < size * task.n) | (now.group == groups))
+
+    def step(now: _Slots) -> _Slots:
+        rows, cache = _step(task, (now.rows, now.cache))
+        return now._replace(rows=rows, cache=dataclasses.replace(cache, index=cache.index % length))
+
+    def turn(now: _Slots) -> _Slots:
+        return lax.while_loop(busy, step, _refill(task, now, prompts, keys, size))
+
+    start = _Slots(
+        rows=_blank(task, keys[:slots], segment[:slots]),
+        owner=jnp.full(slots, rows),  # none
+        cache=init_cache(task.model.config, slots, length),
+        results=_blank(task, keys, segment),
+        group=jnp.zeros((), jnp.int32),
+    )
+    end = lax.while_loop(lambda now: now.group < groups, turn, start)
+    return jax.tree.map(lambda x: x[:wanted], _collect(end, jnp.arange(slots)).results)
+
+
+def _refill(task: _Task, now: _Slots, prompts: Tokens, keys: Array, size: int) -> _Slots:
+    """The next `size` prompts in free slots, as many as their samples need."""
+    fresh = size * task.n
+    free = jnp.argsort(now.rows.alive, stable=True)[:fresh]
+    now = _collect(now, free)
+    some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, now.group * size, size), prompts)
+    rows, cache = _read(task, some, lax.dynamic_slice_in_dim(keys, now.group * fresh, fresh))
+    return now._replace(
+        rows=jax.tree.map(lambda old, new: old.at[free].set(new), now.rows, rows),
+        owner=now.owner.at[free].set(now.group * fresh + jnp.arange(fresh)),
+        cache=insert(now.cache, free, cache),
+        group=now.group + 1,
+    )
+
+
+def _collect(now: _Slots, slots: Array) -> _Slots:
+    """What these slots (i32[f]) wrote, among the results."""
+    owner = now.owner[slots]
+    put = lambda results, rows: results.at[owner].set(rows[slots], mode="drop")  # noqa: E731
+    return now._replace(results=jax.tree.map(put, now.results, now.rows))
 
 
 def _draw(

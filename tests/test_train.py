@@ -1,5 +1,6 @@
 """The update: exact with microbatches, donated, compiled once, the same on any mesh."""
 
+import dataclasses
 import functools
 
 import chex
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import losses, models, objectives, sharding, train
+from rljax import losses, models, objectives, sharding, train, views
+from rljax.filters import Sampling
 from rljax.types import Mean, TrainState
 from tests import tiny
 
@@ -141,3 +143,208 @@ def test_schedules_end_at_the_last_step_and_refuse_a_long_warmup():
     assert float(train.cosine(1e-3, 50, warmup=5, end=1e-4)(50)) == pytest.approx(1e-4)
     with pytest.raises(ValueError, match="warmup"):
         train.linear(1.0, 10, warmup=10)
+
+
+# --- epochs of minibatches --------------------------------------------------------------------------------------------
+
+KEY = jax.random.key(7)
+
+
+def ppo_loss(**kwargs):
+    return objectives.policy(views.of_policy(tiny.model(), sampling=Sampling()), **kwargs)
+
+
+def recorder(rows: int = 8):
+    """An update that learns nothing and writes down, one row an update, which rows it saw: state.params[u] counts."""
+
+    def update(state, batch):
+        seen = jnp.zeros(rows).at[batch["row"]].add(1.0)
+        metrics = {
+            "rows": Mean(total=jnp.sum(batch["row"] * 1.0), weight=jnp.asarray(float(len(batch["row"])))),
+            "same": Mean(total=jnp.sum(jnp.abs(batch["row"] - batch["copy"][:, 0])), weight=jnp.ones(())),
+            "policy/approxkl_avg": Mean(total=jnp.max(batch["kl"]), weight=jnp.ones(())),
+        }
+        params = jax.lax.dynamic_update_index_in_dim(state.params, seen, state.step, 0)
+        return TrainState(step=state.step + 1, params=params, opt_state=()), metrics
+
+    row = jnp.arange(rows)
+    batch = {"row": row, "copy": jnp.stack([row, row], axis=1), "other": jnp.arange(4), "kl": jnp.zeros(rows)}
+    state = TrainState(step=jnp.zeros((), jnp.int32), params=jnp.zeros((12, rows)), opt_state=())
+    return update, state, batch
+
+
+def test_each_epoch_is_a_fresh_permutation_of_all_rows():
+    update, state, batch = recorder()
+    after, metrics = jax.jit(train.epochs_step(update, epochs=3, minibatches=4))(state, batch, KEY)
+    assert int(after.step) == 12
+    assert values(metrics)["policy/updates"] == 12
+    assert values(metrics)["same"] == 0  # all leaves of a row move together
+    assert float(metrics["rows"].total) == 3 * sum(range(8))  # metrics of all updates are added up
+    assert float(metrics["rows"].weight) == 24
+    seen = np.asarray(after.params).reshape(3, 4, 8)  # epoch, minibatch, row
+    np.testing.assert_array_equal(seen.sum(1), np.ones((3, 8)))  # every row once an epoch
+    np.testing.assert_array_equal(seen.sum(2), np.full((3, 4), 2))
+    assert not (seen[0] == seen[1]).all()
+    assert not (seen[1] == seen[2]).all()
+    other, _ = train.epochs_step(update, epochs=3, minibatches=4)(state, batch, jax.random.key(8))
+    assert not (np.asarray(other.params) == np.asarray(after.params)).all()
+
+
+def test_epochs_without_minibatches_see_the_whole_batch_each_time():
+    update, state, batch = recorder()
+    after, metrics = train.epochs_step(update, epochs=2, minibatches=1)(state, batch, KEY)
+    np.testing.assert_array_equal(after.params[:2], np.ones((2, 8)))
+    assert values(metrics)["policy/updates"] == 2
+
+
+@pytest.mark.parametrize(("limit", "made"), [(0.0, 1), (0.5, 3), (2.0, 8)])
+def test_target_kl_stops_the_updates_that_are_left(limit, made):
+    """The third update's approxkl is 1: the one that sees it is the last to be made, and the state stays as it left it."""
+    update, state, batch = recorder()
+
+    def drifting(state, batch):
+        kl = jnp.where(state.step >= 2, 1.0, 0.4 if limit else 0.1)
+        state, metrics = update(state, batch)
+        return state, metrics | {"policy/approxkl_avg": Mean(total=kl, weight=jnp.ones(()))}
+
+    step = jax.jit(train.epochs_step(drifting, epochs=2, minibatches=4, target_kl=limit))
+    after, metrics = step(state, batch, KEY)
+    assert int(after.step) == made
+    assert values(metrics)["policy/updates"] == made
+    assert float(np.asarray(after.params)[made:].sum()) == 0.0  # nothing was written any more
+    assert float(metrics["rows"].weight) == 2 * made  # and what was skipped is in no metric
+    free, _ = train.epochs_step(drifting, epochs=2, minibatches=4)(state, batch, KEY)
+    np.testing.assert_array_equal(free.params[:made], after.params[:made])  # the limit changes no permutation
+
+
+def test_one_epoch_of_one_minibatch_is_the_update_itself():
+    """Bit for bit, and no row is moved."""
+    batch = tiny.rollouts()
+    expected, expected_metrics = step(ppo_loss(), batch)
+    epochs = train.epochs_step(train.update_step(ppo_loss(), OPTIMIZER), epochs=1, minibatches=1)
+    state, metrics = jax.jit(epochs)(train.init_state(tiny.params(), OPTIMIZER), batch, KEY)
+    chex.assert_trees_all_equal(state, expected)
+    assert values(metrics).pop("policy/updates") == 1
+    chex.assert_trees_all_equal({k: v for k, v in metrics.items() if k != "policy/updates"}, expected_metrics)
+
+
+def test_epochs_equal_a_loop_of_updates_on_minibatches_cut_by_hand():
+    batch, epochs, minibatches = tiny.rollouts(), 2, 2
+    made = train.epochs_step(train.update_step(ppo_loss(), OPTIMIZER), epochs=epochs, minibatches=minibatches)
+    state, metrics = jax.jit(made)(train.init_state(tiny.params(), OPTIMIZER), batch, KEY)
+
+    update, expected, sums = train.make_update(ppo_loss(), OPTIMIZER), train.init_state(tiny.params(), OPTIMIZER), []
+    for epoch in range(epochs):
+        order = jax.random.permutation(jax.random.fold_in(KEY, epoch), 8)
+        for rows in np.asarray(order).reshape(minibatches, 4):
+            expected, found = update(expected, jax.tree.map(lambda x, rows=rows: x[rows], batch))
+            sums.append(found)
+    chex.assert_trees_all_close(state.params, expected.params, atol=1e-6)
+    assert int(state.step) == int(expected.step) == 4
+    merged = functools.reduce(train.add_metrics, sums)
+    assert values(metrics) == pytest.approx(values(merged) | {"policy/updates": 4}, rel=1e-4, abs=1e-6)
+
+
+def test_rows_that_cannot_be_cut_into_minibatches_are_refused():
+    update, state, batch = recorder()
+    with pytest.raises(ValueError, match="8 rows cannot be cut into minibatches=3"):
+        train.epochs_step(update, epochs=1, minibatches=3)(state, batch, KEY)
+    with pytest.raises(ValueError, match="epochs=0"):
+        train.epochs_step(update, epochs=0, minibatches=1)
+
+
+# --- several means (PPO-ptx) ------------------------------------------------------------------------------------------
+
+
+def ptx_loss(coef: float = 3.0):
+    return ppo_loss(pretrain=(tiny.model(), coef))
+
+
+def ptx_batch():
+    return dataclasses.replace(tiny.rollouts(), pretrain=tiny.tokens(4, 12, seed=5, empty=(2,)))
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_are_exact_for_several_means(microbatches):
+    """Each mean is divided by its own weight in the whole batch: uneven masks on both sides (TRAPS 3, 5)."""
+    whole, whole_metrics = step(ptx_loss(), ptx_batch())
+    cut, cut_metrics = step(ptx_loss(), ptx_batch(), microbatches=microbatches)
+    chex.assert_trees_all_close(whole.params, cut.params, atol=2e-5)
+    chex.assert_trees_all_close(values(whole_metrics), values(cut_metrics), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
+    """∇ (policy loss + 3 · mean pretraining loss), computed apart and added by hand."""
+    batch, params = ptx_batch(), tiny.params()
+    sgd = optax.sgd(1.0)
+    state, metrics = train.make_update(ptx_loss(), sgd, microbatches=2)(train.init_state(params, sgd), batch)
+
+    def mean(loss_fn, data):
+        return jax.value_and_grad(lambda p: loss_fn(p, data)[0].value())(params)
+
+    policy_loss, policy = mean(ppo_loss(), batch)
+    text_loss, text = mean(objectives.supervised(tiny.model()), batch.pretrain)
+    expected = jax.tree.map(lambda p, a, b: p - (a + 3.0 * b), params, policy, text)
+    chex.assert_trees_all_close(state.params, expected, atol=5e-5)
+    assert values(metrics)["loss"] == pytest.approx(float(policy_loss + 3.0 * text_loss), rel=1e-5)
+    assert values(metrics)["loss/pretrain_avg"] == pytest.approx(float(text_loss), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "aggregate", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"]
+)
+def test_duplicating_rollouts_changes_nothing(aggregate):
+    """In any aggregation, beside pretraining text (TRAPS 5)."""
+    loss_fn = ppo_loss(aggregate=aggregate, length=9, pretrain=(tiny.model(), 3.0))
+    batch = ptx_batch()
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
+    (one, one_metrics), (two, two_metrics) = step(loss_fn, batch), step(loss_fn, twice)
+    chex.assert_trees_all_close(one.params, two.params, atol=2e-5)
+    chex.assert_trees_all_close(values(one_metrics), values(two_metrics), rtol=1e-5, atol=1e-6)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def test_tf1_adam_by_hand():
+    """Two steps of θ ← θ − lr √(1 − b2ᵗ)/(1 − b1ᵗ) m/(√v + ε), in numpy."""
+    grads, theta, m, v = [0.5, -0.02], 1.0, 0.0, 0.0
+    optimizer = train.tf1_adam(0.1, b1=0.9, b2=0.99, eps=1e-2)
+    params = {"w": jnp.asarray(1.0)}
+    state = optimizer.init(params)
+    for t, g in enumerate(grads, start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        theta -= 0.1 * np.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-2)
+        updates, state = optimizer.update({"w": jnp.asarray(g)}, state, params)
+        params = optax.apply_updates(params, updates)
+        assert float(params["w"]) == pytest.approx(theta, rel=1e-5)
+
+
+@pytest.mark.parametrize(("gradient", "ratio"), [(1.0, 1.0), (1e-6, 29.0)])
+def test_tf1_adam_first_step_against_optax(gradient, ratio):
+    """TRAPS 30. For g ≪ ε the first steps are lr g/ε and lr √(1 − b2) g/ε, 1/√0.001 = 32 apart; at g = 1e-6, ε = 1e-5:
+    (g/(g + ε)) / (√.001 g / (√.001 g + ε)) = 0.0909 / 0.003152 = 28.8. For g ≫ ε they agree."""
+
+    def first(optimizer):
+        return float(optimizer.update(jnp.asarray(gradient), optimizer.init(jnp.asarray(0.0)))[0])
+
+    assert first(optax.adam(1e-3, eps=1e-5)) / first(train.tf1_adam(1e-3, eps=1e-5)) == pytest.approx(ratio, rel=0.01)
+
+
+def test_tf1_adam_takes_a_schedule():
+    optimizer = train.tf1_adam(optax.linear_schedule(1.0, 0.0, 2))
+    state, params = optimizer.init(jnp.asarray(1.0)), jnp.asarray(1.0)
+    sizes = []
+    for _ in range(3):
+        update, state = optimizer.update(jnp.asarray(1.0), state, params)
+        sizes.append(abs(float(update)))
+    assert sizes == pytest.approx([1.0, 0.5, 0.0], abs=1e-3)
+
+
+def test_average_weights_by_hand():
+    """0.75 · 4 + 0.25 · 8 = 5, then 0.75 · 5 + 0.25 · 0 = 3.75; decay 0 is the weights themselves (TRAPS 7)."""
+    average, new = {"w": jnp.asarray([4.0])}, {"w": jnp.asarray([8.0])}
+    average = train.average_weights(average, new, decay=0.75)
+    assert float(average["w"][0]) == 5.0
+    assert float(train.average_weights(average, {"w": jnp.zeros(1)}, decay=0.75)["w"][0]) == 3.75
+    assert float(train.average_weights(average, new, decay=0.0)["w"][0]) == 8.0

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax import models
-from rljax.types import PreferenceBatch, Tokens
+from rljax.logprobs import token_logps
+from rljax.types import PolicyBatch, PreferenceBatch, Tokens
 
 CONFIG = models.ModelConfig(
     vocab_size=61,
@@ -55,3 +56,12 @@ def pairs(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, .
         ref_chosen_logps=jnp.asarray(ref[0]),
         ref_rejected_logps=jnp.asarray(ref[1]),
     )
+
+
+def rollouts(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, ...] = ()) -> PolicyBatch:
+    """Rows as a policy-gradient loss gets them: log-probabilities of a policy near the random one, random advantages."""
+    rng = np.random.default_rng(seed + 200)
+    some = tokens(rows, length, seed, empty=empty)
+    logps = token_logps(model(), params(), some) + jnp.where(some.mask, rng.normal(0, 0.3, (rows, length)), 0.0)
+    advantages = jnp.where(some.mask, rng.normal(0, 1, (rows, length)), 0.0)
+    return PolicyBatch(tokens=some, old_logps=logps, advantages=advantages)

@@ -172,7 +172,7 @@ def _answer(start: _Prompt, prompt: Any, completion: Any, tokenizer: Any) -> tup
             f"generation sees: the prompt ends in {text[-40:]!r}, where the dialogue has {whole[: len(text)][-40:]!r}; "
             "mend tokenizer.chat_template, or give prompts and completions as texts"
         )
-    rest, spans = whole[len(text) :], [(start - len(text), end - len(text)) for start, end in spans if end > len(text)]
+    rest, spans = whole[len(text) :], [(start - len(text), end - len(text)) for start, end in spans if end >= len(text)]
     spans[0] = (-1, spans[0][1])  # all that generation has to write, an empty <think> block for instance
     end = chat.special_pattern(tokenizer).search(rest, spans[-1][1])
     if end and not rest[spans[-1][1] : end.start()].strip() and completion[-1]["role"] == "assistant":

@@ -7,21 +7,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from rljax import rewards
 from rljax.data import Row
-from rljax.environments import transcripts
+from rljax.environments import actions, transcripts
+from rljax.environments.actions import Action
 from rljax.environments.calls import Failure, call_all
 from rljax.environments.transcripts import Transcript
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
-from rljax.policy import BUCKET, Policy, left_pad
-from rljax.sampling import generate
+from rljax.policy import Policy
 from rljax.types import Rollout, Tokens
-
-LATER_TURNS = 2**31  # what turn t > 0 folds into an episode's key: more than any step of the first turn
 
 
 class _Episode(NamedTuple):
@@ -32,14 +30,7 @@ class _Episode(NamedTuple):
     over: bool = False  # nobody acts any more: done, failed, or out of tokens
 
 
-class _Action(NamedTuple):
-    ids: np.ndarray  # i32[k]
-    logps: np.ndarray  # f32[k]
-    text: str
-    finished: bool  # ended by a stop token, not by a budget
-
-
-class Limits(NamedTuple):
+class _Limits(NamedTuple):
     """Of tokens: what an action, a prompt, and a whole row may have."""
 
     max_new_tokens: int
@@ -61,6 +52,7 @@ def play(
     seed: int = 0,
     timeout: float | None = None,
     poll: Callable[[], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Episodes:
     """n episodes from each data row, all at the same time; those of row i are i·n to i·n + n − 1 of the result.
 
@@ -72,12 +64,15 @@ def play(
       depends on no other episode. With `environments.single_turn` the rollout is exactly that of `sampling.generate`.
     sampling: settings of `generate`; stop_ids are the policy's if there are none among them.
     seed: `reset` of row i gets a number made of it and i.
-    timeout: seconds that a reset or step may take; poll: called about ten times a second while they are waited for.
+    timeout: seconds that a reset or step may take; poll: called about ten times a second while they are waited for, and
+      before every turn; it raises to stop.
+    mesh: of the policy's parameters, if they are on several devices. Of several processes each plays rows of its own,
+      equally many, with a key of its own.
     An episode ends when the environment says so, after `max_turns` actions, or when the observation leaves no room for
       another token. It is `finished` if the environment said done and the last action ended in a stop token.
     A reset or step that raises, takes too long or answers nonsense ends its own episode. Such a failed episode keeps
       its tokens to look at, and its earlier rewards, but nothing of it is trained: without its end its value is
-      unknown. If all episodes of the batch fail, that is an error (ValueError).
+      unknown. If all episodes of the batch fail, that is a RewardError.
     """
     return play_against(
         (policy,),
@@ -92,6 +87,7 @@ def play(
         seed=seed,
         timeout=timeout,
         poll=poll,
+        mesh=mesh,
     )[0]
 
 
@@ -109,6 +105,7 @@ def play_against(
     seed: int = 0,
     timeout: float | None = None,
     poll: Callable[[], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Episodes, ...]:
     """Episodes of several players, as each of them sees them: its own tokens trained, the others' only read.
 
@@ -117,35 +114,38 @@ def play_against(
     are its own plus the shared ones; what it is given before it has acted at all is dropped. Episode i has a row in
     every player's rollout; it is empty for a player who never acted.
     """
-    limits = Limits(max_new_tokens, max_prompt, max_length)
+    limits = _Limits(max_new_tokens, max_prompt, max_length)
     _check(policies, game, limits)
-    episodes = _reset(game, rows, n, seed, functools.partial(call_all, timeout=timeout, poll=poll))
+    call = functools.partial(call_all, timeout=timeout, poll=poll)
+    episodes = _reset(game, rows, n, seed, call)
     for turn in range(game.players * game.max_turns):
-        player = turn % game.players
-        policy = policies[player]
+        player, first = turn % game.players, turn < game.players
         if poll is not None:
             poll()
-        episodes = [_read(episode, player, policy, limits) for episode in episodes]
-        if all(episode.over for episode in episodes):
+        episodes = [_read(episode, player, policies[player], limits) for episode in episodes]
+        contexts = [np.zeros(0, np.int32) if e.over else e.players[player].ids for e in episodes]
+        longest = actions.most(mesh, max(map(len, contexts), default=0))[0]
+        if not longest:
             break
-        keys = _keys(key, turn, len(episodes))
-        actions = _sample(policy, episodes, player, keys, limits, sampling or {}, n if turn == 0 else 1)
-        calls = [
-            functools.partial(_step, game, episode.state, player, action)
-            for episode, action in zip(episodes, actions, strict=True)
-            if action is not None
-        ]
-        answers = iter(call_all(calls, timeout=timeout, poll=poll))
-        episodes = [
-            episode if action is None else _apply(episode, player, turn, action, next(answers))
-            for episode, action in zip(episodes, actions, strict=True)
-        ]
-    if episodes and all(episode.failure for episode in episodes):
-        raise ValueError(f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}")
+        written = actions.write(
+            policies[player],
+            contexts,
+            actions.turn_keys(key, turn, len(episodes)),
+            n=n if turn == 0 else 1,
+            width=max_prompt if first else actions.bucket(longest, max_length),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or {},
+            mesh=mesh,
+        )
+        episodes = _answered(game, episodes, player, written, limits, policies[player].tokenizer, call)
+    if not actions.most(mesh, any(episode.failure is None for episode in episodes) or not episodes)[0]:
+        raise rewards.RewardError(
+            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: {rows[0]!r}"
+        )
     return tuple(_collect(episodes, player, policies[player], limits) for player in range(game.players))
 
 
-def _check(policies: Sequence[Policy], game: Game, limits: Limits) -> None:
+def _check(policies: Sequence[Policy], game: Game, limits: _Limits) -> None:
     if len(policies) != game.players:
         raise ValueError(f"the game has {game.players} players, and there are {len(policies)} policies: give one each")
     if game.max_turns < 1 or limits.max_new_tokens < 1 or limits.max_prompt < 1:
@@ -197,60 +197,45 @@ def _reset(game: Game, rows: Sequence[Row], n: int, seed: int, call: Callable[..
     return found
 
 
-def _read(episode: _Episode, player: int, policy: Policy, limits: Limits) -> _Episode:
+def _read(episode: _Episode, player: int, policy: Policy, limits: _Limits) -> _Episode:
     """The episode with what the player has heard as tokens, or over if they leave no room to act."""
     if episode.over:
         return episode
+    now, vocab = episode.players[player], policy.model.config.vocab_size
     try:
-        read = transcripts.read(
-            episode.players[player],
-            policy.tokenizer,
-            max_prompt=limits.max_prompt,
-            vocab=policy.model.config.vocab_size,
-        )
+        read = transcripts.read(now, policy.tokenizer, max_prompt=limits.max_prompt, vocab=vocab)
     except ValueError as error:
-        return episode._replace(failure=f"turn {episode.players[player].actions}: {error}", over=True)
-    if _room(read, limits) < 1:
-        return episode._replace(over=True)
-    return _with_player(episode, player, read)
+        return episode._replace(failure=f"turn {now.actions}: {error}", over=True)
+    return episode._replace(over=True) if _room(read, limits) < 1 else _with_player(episode, player, read)
 
 
-def _sample(
-    policy: Policy,
+def _answered(
+    game: Game,
     episodes: Sequence[_Episode],
     player: int,
-    keys: Array,
-    limits: Limits,
-    sampling: Mapping[str, Any],
-    n: int,
-) -> list[_Action | None]:
-    """The next action of each episode; None for those that are over, which are empty rows of the batch.
-
-    n: how many neighbours have the same context (the copies of a row, in the first turn): it is read once.
-    """
-    contexts = [np.zeros(0, np.int32) if e.over else e.players[player].ids for e in episodes]
-    first = all(episode.over or episode.players[player].actions == 0 for episode in episodes)
-    width = limits.max_prompt if first else _bucket(max(map(len, contexts)), limits.max_length)
-    prompts = left_pad(contexts[::n], rows=len(contexts) // n, width=width)
-    settings = {"stop_ids": policy.stop_ids, **sampling}
-    rollout = generate(
-        policy.model, policy.params, prompts, keys, max_new_tokens=limits.max_new_tokens, n=n, **settings
-    )
-    ids, mask, logps, ends = map(np.asarray, (rollout.tokens.ids, rollout.tokens.mask, rollout.logps, rollout.finished))
-    actions: list[_Action | None] = []
-    for row, episode in enumerate(episodes):
-        if episode.over:
-            actions.append(None)
-            continue
-        written, room = ids[row][mask[row]], _room(episode.players[player], limits)
-        kept = written[:room]
-        text = policy.tokenizer.decode(kept, skip_special_tokens=True)
-        finished = bool(ends[row]) and len(written) <= room
-        actions.append(_Action(kept, logps[row][mask[row]][:room], text, finished))
-    return actions
+    written: Sequence[Action | None],
+    limits: _Limits,
+    tokenizer: Any,
+    call: Callable[..., list[Any]],
+) -> list[_Episode]:
+    """The episodes after a player's actions and what the game answers, all at the same time."""
+    taken = [
+        None if action is None else actions.cut(action, _room(episode.players[player], limits), tokenizer)
+        for episode, action in zip(episodes, written, strict=True)
+    ]
+    steps = [
+        functools.partial(_step, game, episode.state, player, action)
+        for episode, action in zip(episodes, taken, strict=True)
+        if action is not None
+    ]
+    answers = iter(call(steps))
+    return [
+        episode if action is None else _apply(episode, player, action, next(answers))
+        for episode, action in zip(episodes, taken, strict=True)
+    ]
 
 
-def _step(game: Game, state: Any, player: int, action: _Action) -> tuple[Any, Round]:
+def _step(game: Game, state: Any, player: int, action: Action) -> tuple[Any, Round]:
     """What the game answers, checked. Runs in a thread of its own; the ids are a copy that it may do anything with."""
     state, answer = game.step(state, player, action.text, action.ids.copy())
     if not isinstance(answer, Round):
@@ -260,19 +245,20 @@ def _step(game: Game, state: Any, player: int, action: _Action) -> tuple[Any, Ro
             f"step gave {len(answer.observations)} observations and {len(answer.rewards)} rewards for {game.players} "
             "players"
         )
-    rewards = tuple(float(reward) for reward in (*answer.rewards, answer.shared))
-    for reward in rewards:
+    numbers = tuple(float(reward) for reward in (*answer.rewards, answer.shared))
+    for reward in numbers:
         if not math.isfinite(reward):
             raise ValueError(f"the reward is {reward}, not a finite number")
-    return state, answer._replace(rewards=rewards[:-1], shared=rewards[-1], done=bool(answer.done))
+    return state, answer._replace(rewards=numbers[:-1], shared=numbers[-1], done=bool(answer.done))
 
 
-def _apply(episode: _Episode, player: int, turn: int, action: _Action, answer: Any) -> _Episode:
+def _apply(episode: _Episode, player: int, action: Action, answer: Any) -> _Episode:
     """The episode after an action and its answer."""
-    acted = transcripts.act(episode.players[player], action.ids, action.logps, action.text, finished=action.finished)
+    before = episode.players[player]
+    acted = transcripts.act(before, action.ids, action.logps, action.text, finished=action.finished)
     episode = _with_player(episode, player, acted)
     if isinstance(answer, Failure):
-        return episode._replace(failure=f"turn {turn // len(episode.players)}: {answer.reason}", over=True)
+        return episode._replace(failure=f"turn {before.actions}: {answer.reason}", over=True)
     state, told = answer
     players = []
     for transcript, observation, reward in zip(episode.players, told.observations, told.rewards, strict=True):
@@ -286,33 +272,17 @@ def _with_player(episode: _Episode, player: int, transcript: Transcript) -> _Epi
     return episode._replace(players=players)
 
 
-def _room(transcript: Transcript, limits: Limits) -> int:
+def _room(transcript: Transcript, limits: _Limits) -> int:
     return limits.max_length - limits.max_prompt - transcript.length
-
-
-def _bucket(width: int, limit: int) -> int:
-    """Columns for contexts of `width` tokens. They double, so that few shapes compile."""
-    columns = BUCKET
-    while columns < width:
-        columns *= 2
-    return min(columns, limit)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _keys(key: Array, turn: Array | int, rows: int) -> Array:
-    """One key an episode: in the first turn the one that `generate` makes of a single key."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
-    later = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(LATER_TURNS) + jnp.uint32(turn))
-    return jnp.where(turn == 0, keys, later)
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _collect(episodes: Sequence[_Episode], player: int, policy: Policy, limits: Limits) -> Episodes:
+def _collect(episodes: Sequence[_Episode], player: int, policy: Policy, limits: _Limits) -> Episodes:
     shape = (len(episodes), limits.max_length)
     ids, segments, mask = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
-    logps, rewards = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    logps, given = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     texts, finished = [], []
     for row, episode in enumerate(episodes):
         transcript, column = episode.players[player], limits.max_prompt
@@ -322,7 +292,7 @@ def _collect(episodes: Sequence[_Episode], player: int, policy: Policy, limits: 
             here = slice(column, column + len(piece.ids))
             ids[row, here], segments[row, here] = piece.ids, 1
             if piece.logps is not None:
-                rewards[row, here.stop - 1] = piece.reward
+                given[row, here.stop - 1] = piece.reward
                 if episode.failure is None:
                     mask[row, here], logps[row, here] = True, piece.logps
             column = here.stop
@@ -332,7 +302,7 @@ def _collect(episodes: Sequence[_Episode], player: int, policy: Policy, limits: 
     rollout: dict[str, Any] = {"logps": logps, "finished": np.asarray(finished, bool)}
     return Episodes(
         rollout=Rollout(tokens=Tokens(**arrays), **rollout),
-        rewards=rewards,
+        rewards=given,
         turns=np.asarray([episode.players[player].actions for episode in episodes], np.int32),
         failures=[episode.failure for episode in episodes],
         texts=texts,

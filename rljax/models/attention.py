@@ -9,12 +9,14 @@ from jax import Array
 MASKED = -1e30  # finite: a query that sees nothing gets the mean of all values instead of NaN
 
 
-def visible(queries: Array, keys: Array, start: int | Array = 0) -> Array:
+def visible(queries: Array, keys: Array, start: int | Array | None = 0) -> Array:
     """bool[b t s]: same document, not later. `queries` i32[b t] and `keys` i32[b s] are segments; 0 sees nothing.
 
-    Query i stands in slot `start + i` of the keys.
+    Query i stands in slot `start + i` of the keys; None: no key is later than any query, wherever it stands.
     """
     same = (queries[:, :, None] == keys[:, None, :]) & (queries[:, :, None] > 0)
+    if start is None:
+        return same
     slots = start + jnp.arange(queries.shape[1])
     return same & (slots[:, None] >= jnp.arange(keys.shape[1])[None, :])[None]
 

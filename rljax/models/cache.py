@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,12 +22,16 @@ class Cache:
     segments: Array  # i32[b s]; 0 is an empty slot or a pad
     positions: Array  # i32[b s]
     index: Array  # i32[]; the next slot
+    capacity: int = dataclasses.field(metadata={"static": True})  # how long rows may get: some ropes depend on it
 
 
-def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None = None) -> Cache:
+def init_cache(
+    config: ModelConfig, batch: int, length: int, dtype: str | None = None, *, capacity: int | None = None
+) -> Cache:
     """An empty cache of `length` slots per row, in the compute dtype unless another is given.
 
-    Writing past the end is not detected (the index is a traced value): give it prompt + new tokens.
+    Writing past the end is not detected (the index is a traced value): give it prompt + new tokens. One that is
+    lengthened later says up to how many slots: `capacity`.
     """
     shape = (batch, config.num_kv_heads, length, config.head_dim)
     layers = range(config.num_layers)
@@ -34,6 +41,7 @@ def init_cache(config: ModelConfig, batch: int, length: int, dtype: str | None =
         segments=jnp.zeros((batch, length), jnp.int32),
         positions=jnp.zeros((batch, length), jnp.int32),
         index=jnp.zeros((), jnp.int32),
+        capacity=length if capacity is None else capacity,
     )
 
 
@@ -45,3 +53,30 @@ def write(buffer: Array, new: Array, index: Array | int, axis: int) -> Array:
 def repeat_cache(cache: Cache, n: int) -> Cache:
     """Every row n times in a row (0 0 1 1 …): read a prompt once, sample it n times."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0) if leaf.ndim else leaf, cache)
+
+
+def lengthen(cache: Cache) -> Cache:
+    """The same rows with empty slots after those that there are, up to the capacity."""
+    return _of_slots(cache, lambda x, axis: _pad(x, axis, cache.capacity))
+
+
+def insert(cache: Cache, rows: Array, new: Cache) -> Cache:
+    """Put the rows of a freshly filled cache in place of rows i32[r] of another, used as a ring.
+
+    The last token of a new row gets the slot before `cache.index`, where the ring goes on: all rows are written at one
+    index, however old they are. A row of the ring that has no more than `capacity` tokens in all overwrites none of
+    them. From then on `index` has to be kept below the capacity (modulo), and tokens are written one at a time.
+    """
+    width = new.segments.shape[1]
+    placed = _of_slots(new, lambda x, axis: jnp.roll(_pad(x, axis, cache.capacity), cache.index - width, axis))
+    put = lambda old, leaf: old.at[rows].set(leaf, unique_indices=True) if old.ndim else old  # noqa: E731
+    return jax.tree.map(put, cache, placed)
+
+
+def _of_slots(cache: Cache, fn: Callable[[Array, int], Array]) -> Cache:
+    """`fn` of every buffer and the axis of its slots."""
+    return jax.tree.map(lambda leaf: fn(leaf, 2 if leaf.ndim == 4 else 1) if leaf.ndim else leaf, cache)
+
+
+def _pad(x: Array, axis: int, length: int) -> Array:
+    return jnp.pad(x, [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)])

@@ -225,11 +225,12 @@ def look_around(config: ModelConfig, segments: Array, cache: Cache | None) -> tu
     else:
         index = cache.index
         key_segments = write(cache.segments, segments, index, axis=1)
-        seen = visible(segments, key_segments, index)
+        seen = visible(segments, key_segments, index if segments.shape[1] > 1 else None)
         positions = count_positions(seen)
         key_positions = write(cache.positions, positions, index, axis=1)
         cache = dataclasses.replace(cache, segments=key_segments, positions=key_positions)
-    cos, sin = tables(config, positions, length=key_positions.shape[1])
+    length = segments.shape[1] if cache is None else cache.capacity
+    cos, sin = tables(config, positions, length)
     bias = biases(window_choices(config), seen, positions, key_positions)
     bias, cos, sin = jax.lax.optimization_barrier((bias, cos, sin))  # else every layer recomputes them
     return Context(bias=bias, cos=cos, sin=sin, index=index), positions, cache

@@ -130,30 +130,36 @@ def storyteller(turns):
 LIMITS = {"max_new_tokens": 4, "max_prompt": 12, "max_length": 32}
 
 
-def test_log_probabilities_are_the_trainers(llama):
+SETTINGS = {"temperature": 1.5, "top_k": 100, "top_p": 0.95, "min_new_tokens": 2, "stop_ids": (410, 432, 291, 261, 2)}
+
+
+@pytest.fixture(scope="module")
+def told(llama):
+    return play(llama, storyteller(3), PROMPTS, jax.random.key(3), sampling=SETTINGS, **LIMITS)
+
+
+def test_log_probabilities_are_the_trainers(llama, told):
     """TRAPS 15, 20, 21, 22: on rows of several turns, cut and filtered, as logprobs.token_logps has them."""
-    settings = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_new_tokens=2, stop_ids=(261, 262, 2))
-    sampler = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_new_tokens": 2, "stop_ids": settings.stop_ids}
-    episodes = play(llama, storyteller(3), PROMPTS, jax.random.key(3), sampling=sampler, **LIMITS)
-    tokens = episodes.rollout.tokens
-    trained = logprobs.token_logps(llama.model, llama.params, tokens, sampling=settings)
-    np.testing.assert_allclose(episodes.rollout.logps, trained, atol=1e-4)
-    assert (episodes.rollout.logps[tokens.mask] < -0.01).mean() > 0.5
-    assert episodes.turns.tolist() == [3] * 4
-    for row in range(4):  # turns are runs of the mask
-        runs = np.flatnonzero(np.diff(np.concatenate([[0], tokens.mask[row] * 1, [0]])) == 1)
-        assert len(runs) == 3
+    tokens = told.rollout.tokens
+    trainer = functools.partial(logprobs.token_logps, llama.model, sampling=Sampling(**SETTINGS))
+    np.testing.assert_allclose(told.rollout.logps, jax.jit(trainer)(llama.params, tokens), atol=1e-4)
+    assert (told.rollout.logps[tokens.mask] < -0.01).mean() > 0.9
+    assert told.turns.tolist() == [3] * 4
+    starts = np.diff(tokens.mask * 1, axis=1, prepend=0) == 1
+    assert starts.sum(1).tolist() == [3] * 4  # turns are runs of the mask
+    assert 24 <= tokens.mask.sum() < 48  # some stopped before their budget, none before two tokens
 
 
-def test_generated_tokens_are_never_tokenised_again(llama):
+def test_generated_tokens_are_never_tokenised_again(llama, told):
     """TRAPS 18: the rows hold what the environment was handed, which the tokenizer would not make of its text."""
-    episodes = play(llama, storyteller(3), PROMPTS, jax.random.key(5), sampling={"temperature": 2.0}, **LIMITS)
     again = 0
-    for row, actions in enumerate(episodes.states):
-        kept = episodes.rollout.tokens.ids[row][episodes.rollout.tokens.mask[row]]
+    for row, actions in enumerate(told.states):
+        kept = told.rollout.tokens.ids[row][told.rollout.tokens.mask[row]]
         assert kept.tolist() == [token for ids in actions for token in ids]
+        texts = [llama.tokenizer.decode(ids) for ids in actions]
         again += sum(
-            llama.tokenizer.encode(llama.tokenizer.decode(ids), add_special_tokens=False) == ids for ids in actions
+            llama.tokenizer.encode(text, add_special_tokens=False) == ids
+            for text, ids in zip(texts, actions, strict=True)
         )
     assert again < 12
 

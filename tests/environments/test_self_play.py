@@ -1,5 +1,8 @@
 """Two players: every token of both rows written out, and scores by arithmetic."""
 
+import functools
+
+import jax
 import numpy as np
 import pytest
 
@@ -76,13 +79,13 @@ def test_a_failure_ends_the_episode_for_both():
 def test_copies_of_a_real_model_agree_with_the_trainer():
     """Two copies with different weights: each row's log-probabilities are those of its own player."""
     players = [policy.Policy(tiny.model(), tiny.params(seed), chain.TOKENIZER, ()) for seed in (0, 1)]
+    trainer = jax.jit(functools.partial(logprobs.token_logps, tiny.model()))
     game = echo(rewards=[(0.0, 0.0)] * 4)
     both = play_against(players, game, [{}, {}], chain.key(), **LIMITS)
     for own, other, played in zip(players, players[::-1], both, strict=True):
         tokens = played.rollout.tokens
-        trained = logprobs.token_logps(own.model, own.params, tokens)
-        np.testing.assert_allclose(played.rollout.logps, trained, atol=1e-4)
-        assert np.abs(played.rollout.logps - logprobs.token_logps(own.model, other.params, tokens)).max() > 0.1
+        np.testing.assert_allclose(played.rollout.logps, trainer(own.params, tokens), atol=1e-4)
+        assert np.abs(played.rollout.logps - trainer(other.params, tokens)).max() > 0.1
     heard, said = (episodes.rollout.tokens for episodes in both)
     for row in range(2):  # what one has heard is what the other said
         observed = (heard.segments > 0) & ~heard.mask
@@ -140,6 +143,7 @@ def test_splitting_in_a_chat():
     assert told == [{"role": "user", "content": "The other player wants 9. How many do you want?"}]
 
 
+@pytest.mark.slow
 def test_two_real_players_split_coins(stories):
     """Text, a real tokenizer and checkpoint: the rows say what the rewards say."""
     llama = policy.load(str(stories))

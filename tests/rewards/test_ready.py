@@ -153,6 +153,7 @@ def test_bleu():
     assert found[0] == pytest.approx((6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25)
     assert found[2:] == [0.0, None]
     assert of(rewards.bleu, ["a b c d e"], answer=["a b c d e"]) == pytest.approx([1.0])
+    assert of(rewards.bleu, ["oh yes"], answer=["oh yes"]) == pytest.approx([1.0])  # too short for 3-grams
     # a third of the reference's length: brevity penalty exp(1 − 12/4)
     assert of(rewards.bleu, ["a b c d"], answer=["a b c d e f g h i j k l"]) == pytest.approx([math.exp(-2)])
 

@@ -1,0 +1,46 @@
+"""A data set as batches of prompts: which rows make which batch, and their tokens in one width."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rljax import data, policy
+from rljax.types import Tokens
+
+
+class Prompts(NamedTuple):
+    """Rows with a prompt each; batches of them are functions of their number."""
+
+    rows: data.Rows
+    ids: Callable[[int], np.ndarray]  # of row i
+    width: int  # of all batches
+    batch: Callable[[int], np.ndarray]  # number of a batch -> row indices of this process's share
+
+
+def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
+    """All prompts have to fit in one width, so that everything compiles once: that of the longest, up to max_prompt."""
+    read = data.memoized(rows, functools.partial(data.prompt_example, tokenizer=tokenizer, max_prompt=run.max_prompt))
+
+    def ids(index: int) -> np.ndarray:
+        example = read(index)
+        return np.zeros(0, np.int32) if example is None else example.ids
+
+    counted = range(len(rows)) if len(rows) <= 20_000 and run.environment is None else ()
+    longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
+    width = -(-longest // policy.BUCKET) * policy.BUCKET
+    indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
+    return Prompts(rows, ids, width, lambda number: indices(step=number))
+
+
+def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Tokens:
+    """The prompts of some rows, left-padded, [rows width]."""
+    return policy.left_pad([source.ids(int(i)) for i in indices], rows=len(indices), width=source.width)
+
+
+def fields(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The names of the data's fields beside the prompt."""
+    return tuple(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
