@@ -6,7 +6,8 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from rljax import cli
+from rljax import cli, presets, rewards
+from rljax.types import Tokens
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,6 +28,28 @@ def test_snippets_run_and_print_what_they_say(capsys):
     assert jnp.allclose(jnp.array([float(x) for x in printed.strip(" []\n").split()]), jnp.array(said), atol=1e-3)
     exec(SNIPPETS[2], {})
     assert "grad_norm" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_online_snippet_is_an_experiment_that_runs(stories, tmp_path):
+    file = tmp_path / "happy.py"
+    file.write_text(SNIPPETS[3])
+    argv = ["run", str(file), "--model", str(stories), "--steps", "2", "--mesh.fsdp", "1", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    assert (tmp_path / "happy" / "report.md").exists()
+    space = {}
+    exec(SNIPPETS[4], space)
+    everything = jnp.ones((2, 3), bool)
+    assert space["brief"](Tokens(ids=everything.astype(int), segments=everything, mask=everything)).shape == (2,)
+
+
+def test_presets_and_rewards_that_are_named_exist():
+    for name in re.findall(r"^\| (`.*?) \| (?:PPO|policy gradients|group-rel|pairs)", README, re.MULTILINE):
+        for preset in re.findall(r"`(\w+)`", name):
+            assert hasattr(presets, preset), preset
+    ready = README.split("Ready ones in")[1].split("**")[0].split("A reward that is")[0]
+    for name in set(re.findall(r"`(\w+)`", ready)) - {"rljax"}:
+        assert hasattr(rewards, name), name
 
 
 def test_files_and_fields_that_are_named_exist():

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from rljax import rewards
 from rljax.data import Row
+from rljax.data.rows import shown
 from rljax.environments import actions, transcripts
 from rljax.environments.actions import Action
 from rljax.environments.calls import Failure, call_all
@@ -140,7 +141,7 @@ def play_against(
         episodes = _answered(game, episodes, player, written, limits, policies[player].tokenizer, call)
     if not actions.most(mesh, any(episode.failure is None for episode in episodes) or not episodes)[0]:
         raise rewards.RewardError(
-            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: {rows[0]!r}"
+            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: {shown(rows[0], 200)}"
         )
     return tuple(_collect(episodes, player, policies[player], limits) for player in range(game.players))
 

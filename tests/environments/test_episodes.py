@@ -6,8 +6,9 @@ import threading
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from rljax import logprobs, policy, sampling
+from rljax import logprobs, policy, rewards, sampling, sharding
 from rljax.environments import Environment, Turn, play, single_turn
 from rljax.filters import Sampling
 from tests import tiny
@@ -205,6 +206,16 @@ def test_an_episode_does_not_depend_on_its_companions():
     np.testing.assert_allclose(alone.rollout.logps[0], beside.rollout.logps[0], atol=1e-5)
     words = beside.states[0][1]
     assert len(set(words)) == 3  # every turn draws with keys of its own
+
+
+def test_a_mesh_changes_nothing():
+    """Three rows over eight devices, two samples each: what fills up the devices' shares is cut off."""
+    environment = counting([np.asarray([13, 11]), np.asarray([12])], [0.25, -0.5, 1.0], done_after=3)
+    mesh, start = sharding.make_mesh(data=2, fsdp=4), chain.policy(TABLE)
+    params = jax.device_put(start.params, NamedSharding(mesh, PartitionSpec()))
+    settings = {"max_new_tokens": 3, "max_prompt": 4, "max_length": 16, "n": 2}
+    spread = play(start._replace(params=params), environment, ROWS, chain.key(), mesh=mesh, **settings)
+    jax.tree.map(np.testing.assert_array_equal, spread.rollout, played(environment, n=2).rollout)
 
 
 def test_copies_share_a_reset_and_rows_do_not():

@@ -1,0 +1,42 @@
+"""Proximal policy optimisation against a sentiment reward, after Fine-Tuning Language Models from Human Preferences
+(Ziegler et al. 2019, arXiv:1909.08593), section 3.1.
+
+    rljax run experiments/ppo_sentiment.py
+"""
+
+import functools
+
+import jax
+from dpo_sentiment import TOKENS, TRAIN, held_out_reward
+
+from rljax import online, policy, rewards
+
+
+def openings(model: policy.Policy, key: jax.Array) -> list[dict]:
+    """The openings that the policy is trained on; those of `dpo_sentiment.HELD_OUT` are not among them."""
+    return [{"prompt": opening} for opening in TRAIN]
+
+
+experiment = online.PPO(
+    model="smollm2-135m-instruct",
+    data=openings,
+    reward=functools.partial(rewards.vader_sentiment, judged="prompt+completion"),
+    evaluate=held_out_reward,
+    critic="shared",
+    kl_reward=0.05,
+    steps=40,
+    batch=32,
+    minibatches=2,
+    epochs=2,
+    learning_rate=2e-5,
+    max_prompt=16,
+    max_completion=TOKENS,
+    eval_rows=32,
+    eval_every=20,
+    save_every=20,
+)
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)
