@@ -89,12 +89,12 @@ def say(found: dict) -> None:
     print("\n" + json.dumps(found), flush=True)
 
 
-def config(shape: str) -> LlamaConfig:
+def config(shape: str, **more: Any) -> LlamaConfig:
     named = {k.replace("num_layers", "num_hidden_layers"): v for k, v in SHAPES[shape].items()}
     named["num_attention_heads"] = named.pop("num_heads")
     named["num_key_value_heads"] = named.pop("num_kv_heads")
     return LlamaConfig(
-        **named, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None
+        **named, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None, **more
     )
 
 
@@ -181,7 +181,7 @@ def ppo(shape: str, update_only: bool) -> None:
             model=LlamaForCausalLM(llama),
             ref_model=LlamaForCausalLM(llama),
             reward_model=Free(),
-            value_model=LlamaForSequenceClassification(config(shape)),
+            value_model=LlamaForSequenceClassification(config(shape, num_labels=1)),
             train_dataset=Dataset.from_dict({"input_ids": prompts(4 * rows, llama.vocab_size).tolist()}),
             callbacks=[Iterations()],
         )

@@ -1,5 +1,4 @@
-"""Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) on one-digit addition.
-"""
+"""Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) on one-digit addition."""
 
 import random
 
@@ -35,7 +34,10 @@ def accuracy(model: policy.Policy, reference: dict, key: jax.Array) -> offline.E
         texts = policy.complete(model, prompts, key, max_new_tokens=experiment.max_completion, batch=40).texts
         right = rewards.numeric_match(prompts, texts, answer=answers)
         metrics[f"accuracy/{name}"] = sum(right) / len(right)
-        samples += [{"prompt": p[-1]["content"], "completion": t, "right": r} for p, t, r in zip(prompts, texts, right)]
+        samples += [
+            {"prompt": p[-1]["content"], "completion": t, "right": r}
+            for p, t, r in zip(prompts, texts, right, strict=True)
+        ]
     return offline.Evaluation(metrics, samples)
 
 

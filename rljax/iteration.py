@@ -18,7 +18,7 @@ from jax import Array
 
 from rljax import advantages, ops, sampling, shaping, train
 from rljax.filters import Sampling
-from rljax.methods import Judged, Method, Notes
+from rljax.methods import Judged, Method, Notes, share
 from rljax.rewards import Reward, judge_on_device
 from rljax.shaping import Moments
 from rljax.types import LanguageModel, Mean, Metrics, Params, PolicyBatch, Rollout, Tokens, TrainState, pytree
@@ -186,7 +186,7 @@ def reward_metrics(verdict: Verdict) -> Metrics:
         found[f"rewards/{name}/mean"] = mean
         found[f"rewards/{name}/std"] = ops.masked_mean(jnp.sqrt(spread.value()), here.any())
     none = jnp.isnan(verdict.total)
-    return {**found, "rewards/none_ratio": ops.masked_mean(none, jnp.ones_like(none))}
+    return {**found, "rewards/none_ratio": share(none)}
 
 
 def _untrained_where(rollout: Rollout, rows: Array) -> Rollout:

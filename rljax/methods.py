@@ -21,6 +21,7 @@ from rljax.filters import Sampling
 from rljax.types import (
     LanguageModel,
     LossFn,
+    Mean,
     Metrics,
     Params,
     PolicyBatch,
@@ -156,7 +157,7 @@ def preference(run: Any, model: LanguageModel, params: Params, sampling: Samplin
             ref_rejected_logps=ref[rows + worst],
         )
         return pairs, _rollout_metrics(rollout, notes, judged, run) | {
-            "pairs/tied": ops.masked_mean(~real, jnp.ones_like(real))
+            "pairs/tied": share(~real)
         }
 
     return Method(
@@ -182,7 +183,7 @@ def imitation(run: Any, model: LanguageModel, params: Params, sampling: Sampling
         good = jnp.max(group, axis=1) > (-jnp.inf if run.threshold is None else run.threshold)
         chosen = _rows(rollout.tokens, jnp.arange(len(group)) * run.group + best, good)
         return chosen, _rollout_metrics(rollout, notes, judged, run) | {
-            "demonstrations/kept": ops.masked_mean(good, jnp.ones_like(good)),
+            "demonstrations/kept": share(good),
             "demonstrations/score": ops.masked_mean(jnp.max(group, axis=1), good),
         }
 
@@ -302,7 +303,7 @@ def _rollout_metrics(rollout: Rollout, notes: Notes, judged: Judged, run: Any) -
         "objective/scores": ops.masked_mean(judged.scores, real),
         "objective/entropy": ops.masked_mean(-ops.sequence_sum(old, mask), real),
         "completions/mean_length": ops.masked_mean(lengths, rows),
-        "completions/clipped_ratio": ops.masked_mean(~rollout.finished, rows),
+        "completions/clipped_ratio": share(~rollout.finished, rows),
     }
     if notes.ref_logps is not None:
         found["objective/kl"] = ops.masked_mean(ops.sequence_sum(old - notes.ref_logps, mask), real)
@@ -312,11 +313,16 @@ def _rollout_metrics(rollout: Rollout, notes: Notes, judged: Judged, run: Any) -
     if run.group > 1:
         groups = judged.scores.reshape(-1, run.group)
         same = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
-        found["frac_reward_zero_std"] = ops.masked_mean(same, jnp.ones_like(same))
+        found["frac_reward_zero_std"] = share(same)
     return found
 
 
-def _explained(returns: Array, values: Array, mask: Array) -> Any:
+def share(of: Array, among: Array | None = None) -> Mean:
+    """How many of some truth values hold (bool arrays): among all of them, or those where `among` does."""
+    return ops.masked_mean(of.astype(jnp.float32), jnp.ones_like(of) if among is None else among)
+
+
+def _explained(returns: Array, values: Array, mask: Array) -> Mean:
     """1 − Var(returns − values) / Var(returns) over the trained tokens, as a Mean of weight 1."""
     n = jnp.maximum(mask.sum(), 1)
 

@@ -153,8 +153,10 @@ def _sum_over_microbatches(
 ) -> tuple[Mean, Metrics, Params]:
     """(loss, metrics, gradient of loss.total), all summed over the pieces of the batch."""
     pieces = batch if microbatches == 1 else jax.tree.map(lambda x: _cut(x, microbatches), batch)
-    if isinstance(jax.eval_shape(loss_fn, params, batch)[0], tuple):
-        loss_fn = _divided(loss_fn, params, pieces, microbatches)
+    if microbatches == 1:
+        loss_fn = _divided(loss_fn)
+    elif isinstance(jax.eval_shape(loss_fn, params, batch)[0], tuple):
+        loss_fn = _divided(loss_fn, _weights(loss_fn, params, pieces, microbatches), share=1.0 / microbatches)
 
     def total(params: Params, piece: Any) -> tuple[Array, tuple[Mean, Metrics]]:
         loss, metrics = loss_fn(params, piece)
@@ -182,20 +184,31 @@ def _accumulate(sums: Callable[[Any], Any], pieces: Any, microbatches: int) -> A
     return jax.lax.scan(add, zeros, pieces)[0]
 
 
-def _divided(loss_fn: Any, params: Params, pieces: Any, microbatches: int) -> LossFn:
-    """Several Means as one: each total over its weight in the whole batch, the weight of their sum being 1.
-
-    Weights do not depend on the parameters, so the pass that adds them up costs nothing: the compiler drops the rest.
+def _divided(loss_fn: Any, weights: Any = None, *, share: float = 1.0) -> LossFn:
+    """Several Means as one: each total over its weight, of the whole batch or else its own; the weights of all pieces
+    sum to 1. A single Mean stays what it is.
     """
-    weights = _accumulate(lambda piece: [loss.weight for loss in loss_fn(params, piece)[0]], pieces, microbatches)
-    weights = [jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight)) for weight in weights]
 
     def divided(params: Params, piece: Any) -> tuple[Mean, Metrics]:
         parts, metrics = loss_fn(params, piece)
-        total = sum((part.total / weight for part, weight in zip(parts, weights, strict=True)), jnp.zeros(()))
-        return Mean(total=total, weight=jnp.full((), 1.0 / microbatches)), metrics
+        if isinstance(parts, Mean):
+            return parts, metrics
+        whole = _nonzero([part.weight for part in parts]) if weights is None else weights
+        total = sum((part.total / weight for part, weight in zip(parts, whole, strict=True)), jnp.zeros(()))
+        return Mean(total=total, weight=jnp.full((), share)), metrics
 
     return divided
+
+
+def _weights(loss_fn: Any, params: Params, pieces: Any, microbatches: int) -> list[Array]:
+    """Those of several Means in the whole batch. They do not depend on the parameters, so the pass that adds them up
+    costs nothing: the compiler drops the rest.
+    """
+    return _nonzero(_accumulate(lambda piece: [part.weight for part in loss_fn(params, piece)[0]], pieces, microbatches))
+
+
+def _nonzero(weights: list[Array]) -> list[Array]:
+    return [jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight)) for weight in weights]
 
 
 def _cut(x: Array, pieces: int) -> Array:

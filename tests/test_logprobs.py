@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import logprobs, ops
+from rljax import filters, logprobs, ops
+from rljax.filters import Sampling
 from rljax.types import Tokens
 from tests import tiny
 
@@ -78,3 +79,88 @@ def test_no_float32_logits_of_the_whole_batch():
     assert "8,12,61]" not in jaxpr
     assert "8,11,61]" not in jaxpr
     assert "4,8,3,61]" not in jaxpr  # chunks stacked for the backward pass would be the same array again
+
+
+EVERYTHING = Sampling(temperature=0.7, top_k=20, top_p=0.8, min_p=0.05, min_new_tokens=2, stop_ids=(3, 5, 8))
+
+
+def filtered(params, tokens, sampling):
+    """(log-probability, entropy) of the filtered distribution, from the logits of all positions at once."""
+    logits = tiny.model().unembed(params, tiny.model().apply(params, tokens.ids, tokens.segments).hidden)[:, :-1]
+    place, ids = logprobs.turn_places(tokens.mask)[:, 1:], tokens.ids[:, 1:]
+    left = filters.distribution(logits, sampling, place=place, keep=ids)
+    both = ops.aligned_logps(left, ids), ops.aligned_entropy(left)
+    return [jnp.where(tokens.mask, jnp.pad(x, ((0, 0), (1, 0))), 0.0) for x in both]
+
+
+@pytest.mark.parametrize("max_trained", [None, 11])
+def test_of_the_distribution_that_was_sampled_from(max_trained):
+    tokens = tiny.tokens(empty=(2,))
+    fn = jax.jit(
+        lambda p: logprobs.token_logps_and_entropy(
+            tiny.model(), p, tokens, sampling=EVERYTHING, max_trained=max_trained
+        )
+    )
+    logps, entropy = fn(tiny.params())
+    expected = filtered(tiny.params(), tokens, EVERYTHING)
+    np.testing.assert_allclose(logps, expected[0], atol=1e-5)
+    np.testing.assert_allclose(entropy, expected[1], atol=1e-5)
+    assert float(jnp.abs(logps - plain(tiny.params(), tokens, 0.7)).max()) > 0.1  # the filters did something
+
+
+def test_random_tokens_would_be_cut_and_have_finite_gradients():
+    """Tokens that the sampler cannot have drawn: kept, so neither value nor gradient is anything but a number."""
+    tokens = tiny.tokens(empty=(2,))
+    loss = lambda p: jnp.sum(logprobs.token_logps(tiny.model(), p, tokens, sampling=EVERYTHING))  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss))(tiny.params())
+    expected, slope = jax.jit(jax.value_and_grad(lambda p: jnp.sum(filtered(p, tokens, EVERYTHING)[0])))(tiny.params())
+    assert np.isfinite(value)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    chex.assert_trees_all_close(gradient, slope, atol=1e-4)
+
+
+def test_turns_are_runs_of_trained_tokens():
+    mask = jnp.asarray([[0, 1, 1, 1, 0, 0, 1, 1], [1, 1, 0, 1, 0, 0, 0, 0], [0] * 8], bool)
+    places = [[0, 0, 1, 2, 0, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0, 0], [0] * 8]
+    assert logprobs.turn_places(mask).tolist() == places
+
+
+def test_a_temperature_alone_costs_nothing_else():
+    """The program under `Sampling(temperature=T)` is the one under `temperature=T`."""
+    tokens = tiny.tokens()
+    jaxpr = lambda **kwargs: str(  # noqa: E731
+        jax.make_jaxpr(lambda p: logprobs.token_logps(tiny.model(), p, tokens, **kwargs))(tiny.params())
+    )
+    assert jaxpr(sampling=Sampling(temperature=0.7, stop_ids=(1,))) == jaxpr(temperature=0.7)
+    with pytest.raises(ValueError, match=r"temperature is 0.5, but sampling has its own \(0.7\)"):
+        logprobs.token_logps(tiny.model(), tiny.params(), tokens, temperature=0.5, sampling=Sampling(temperature=0.7))
+
+
+def test_filters_hold_no_logits_of_the_whole_batch(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 3 * 8 * 61)
+    tokens = tiny.tokens(rows=8, length=12)
+    loss = lambda p: jnp.sum(logprobs.token_logps(tiny.model(), p, tokens, sampling=EVERYTHING))  # noqa: E731
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss))(tiny.params()))
+    assert "f32[8,3,61]" in jaxpr
+    for whole in ("8,12,61]", "8,11,61]", "4,8,3,61]"):
+        assert whole not in jaxpr
+
+
+def test_what_else_describes_a_token_arrives_with_it():
+    """Extra arrays are gathered and cut into chunks as the ids are."""
+    tokens = tiny.tokens(empty=(2,))
+    column = jnp.broadcast_to(jnp.arange(12), (8, 12))
+    per_token = lambda logits, ids, at, twice: (ids, at, twice)  # noqa: E731
+    for max_trained in (None, 11):
+        for chunk in (None, 4):
+            got = logprobs.map_logits(
+                tiny.model(),
+                tiny.params(),
+                tokens,
+                per_token,
+                extras=(column, 2 * column),
+                max_trained=max_trained,
+                chunk=chunk,
+            )
+            for found, expected in zip(got, (tokens.ids, column, 2 * column), strict=True):
+                np.testing.assert_array_equal(found, jnp.where(tokens.mask, expected, 0))

@@ -151,7 +151,11 @@ KEY = jax.random.key(7)
 
 
 def ppo_loss(**kwargs):
-    return objectives.policy(views.of_policy(tiny.model(), sampling=Sampling()), **kwargs)
+    return objectives.policy(views.of_policy(tiny.bigram(), sampling=Sampling()), **kwargs)
+
+
+def bigram_step(loss_fn, batch, **kwargs):
+    return train.make_update(loss_fn, OPTIMIZER, **kwargs)(train.init_state(tiny.bigram_params(), OPTIMIZER), batch)
 
 
 def recorder(rows: int = 8):
@@ -220,9 +224,9 @@ def test_target_kl_stops_the_updates_that_are_left(limit, made):
 def test_one_epoch_of_one_minibatch_is_the_update_itself():
     """Bit for bit, and no row is moved."""
     batch = tiny.rollouts()
-    expected, expected_metrics = step(ppo_loss(), batch)
+    expected, expected_metrics = bigram_step(ppo_loss(), batch)
     epochs = train.epochs_step(train.update_step(ppo_loss(), OPTIMIZER), epochs=1, minibatches=1)
-    state, metrics = jax.jit(epochs)(train.init_state(tiny.params(), OPTIMIZER), batch, KEY)
+    state, metrics = jax.jit(epochs)(train.init_state(tiny.bigram_params(), OPTIMIZER), batch, KEY)
     chex.assert_trees_all_equal(state, expected)
     assert values(metrics).pop("policy/updates") == 1
     chex.assert_trees_all_equal({k: v for k, v in metrics.items() if k != "policy/updates"}, expected_metrics)
@@ -231,9 +235,9 @@ def test_one_epoch_of_one_minibatch_is_the_update_itself():
 def test_epochs_equal_a_loop_of_updates_on_minibatches_cut_by_hand():
     batch, epochs, minibatches = tiny.rollouts(), 2, 2
     made = train.epochs_step(train.update_step(ppo_loss(), OPTIMIZER), epochs=epochs, minibatches=minibatches)
-    state, metrics = jax.jit(made)(train.init_state(tiny.params(), OPTIMIZER), batch, KEY)
+    state, metrics = jax.jit(made)(train.init_state(tiny.bigram_params(), OPTIMIZER), batch, KEY)
 
-    update, expected, sums = train.make_update(ppo_loss(), OPTIMIZER), train.init_state(tiny.params(), OPTIMIZER), []
+    update, expected, sums = train.make_update(ppo_loss(), OPTIMIZER), train.init_state(tiny.bigram_params(), OPTIMIZER), []
     for epoch in range(epochs):
         order = jax.random.permutation(jax.random.fold_in(KEY, epoch), 8)
         for rows in np.asarray(order).reshape(minibatches, 4):
@@ -257,7 +261,7 @@ def test_rows_that_cannot_be_cut_into_minibatches_are_refused():
 
 
 def ptx_loss(coef: float = 3.0):
-    return ppo_loss(pretrain=(tiny.model(), coef))
+    return ppo_loss(pretrain=(tiny.bigram(), coef))
 
 
 def ptx_batch():
@@ -267,15 +271,15 @@ def ptx_batch():
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_are_exact_for_several_means(microbatches):
     """Each mean is divided by its own weight in the whole batch: uneven masks on both sides (TRAPS 3, 5)."""
-    whole, whole_metrics = step(ptx_loss(), ptx_batch())
-    cut, cut_metrics = step(ptx_loss(), ptx_batch(), microbatches=microbatches)
+    whole, whole_metrics = bigram_step(ptx_loss(), ptx_batch())
+    cut, cut_metrics = bigram_step(ptx_loss(), ptx_batch(), microbatches=microbatches)
     chex.assert_trees_all_close(whole.params, cut.params, atol=2e-5)
     chex.assert_trees_all_close(values(whole_metrics), values(cut_metrics), rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
     """∇ (policy loss + 3 · mean pretraining loss), computed apart and added by hand."""
-    batch, params = ptx_batch(), tiny.params()
+    batch, params = ptx_batch(), tiny.bigram_params()
     sgd = optax.sgd(1.0)
     state, metrics = train.make_update(ptx_loss(), sgd, microbatches=2)(train.init_state(params, sgd), batch)
 
@@ -283,7 +287,7 @@ def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
         return jax.value_and_grad(lambda p: loss_fn(p, data)[0].value())(params)
 
     policy_loss, policy = mean(ppo_loss(), batch)
-    text_loss, text = mean(objectives.supervised(tiny.model()), batch.pretrain)
+    text_loss, text = mean(objectives.supervised(tiny.bigram()), batch.pretrain)
     expected = jax.tree.map(lambda p, a, b: p - (a + 3.0 * b), params, policy, text)
     chex.assert_trees_all_close(state.params, expected, atol=5e-5)
     assert values(metrics)["loss"] == pytest.approx(float(policy_loss + 3.0 * text_loss), rel=1e-5)
@@ -295,10 +299,10 @@ def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
 )
 def test_duplicating_rollouts_changes_nothing(aggregate):
     """In any aggregation, beside pretraining text (TRAPS 5)."""
-    loss_fn = ppo_loss(aggregate=aggregate, length=9, pretrain=(tiny.model(), 3.0))
+    loss_fn = ppo_loss(aggregate=aggregate, length=9, pretrain=(tiny.bigram(), 3.0))
     batch = ptx_batch()
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), batch)
-    (one, one_metrics), (two, two_metrics) = step(loss_fn, batch), step(loss_fn, twice)
+    (one, one_metrics), (two, two_metrics) = bigram_step(loss_fn, batch), bigram_step(loss_fn, twice)
     chex.assert_trees_all_close(one.params, two.params, atol=2e-5)
     chex.assert_trees_all_close(values(one_metrics), values(two_metrics), rtol=1e-5, atol=1e-6)
 

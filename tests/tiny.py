@@ -1,5 +1,6 @@
 """A tiny random decoder and batches with uneven masks: enough for every property of the training code."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from rljax import models
 from rljax.logprobs import token_logps
-from rljax.types import PolicyBatch, PreferenceBatch, Tokens
+from rljax.types import LanguageModel, Output, PolicyBatch, PreferenceBatch, Tokens
 
 CONFIG = models.ModelConfig(
     vocab_size=61,
@@ -58,10 +59,34 @@ def pairs(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, .
     )
 
 
+@functools.cache
+def bigram() -> LanguageModel:
+    """A table of logits [v v], the next token given the last: compiles at once, for tests that ask nothing of attention.
+
+    Params: {"table": f32[v v]}; hidden states are rows of the table.
+    """
+    config = dataclasses.replace(CONFIG, hidden_size=CONFIG.vocab_size)
+
+    def init(key):
+        return {"table": jax.random.normal(key, (CONFIG.vocab_size, CONFIG.vocab_size))}
+
+    def apply(params, ids, segments, *, cache=None):
+        del segments
+        return Output(params["table"][ids], cache)
+
+    return LanguageModel(init=init, apply=apply, unembed=lambda params, hidden: hidden, config=config)
+
+
+@functools.cache
+def bigram_params(seed: int = 0):
+    return bigram().init(jax.random.key(seed))
+
+
 def rollouts(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, ...] = ()) -> PolicyBatch:
-    """Rows as a policy-gradient loss gets them: log-probabilities of a policy near the random one, random advantages."""
+    """Rows as a policy-gradient loss gets them: log-probabilities of a policy near the table's, random advantages."""
     rng = np.random.default_rng(seed + 200)
     some = tokens(rows, length, seed, empty=empty)
-    logps = token_logps(model(), params(), some) + jnp.where(some.mask, rng.normal(0, 0.3, (rows, length)), 0.0)
-    advantages = jnp.where(some.mask, rng.normal(0, 1, (rows, length)), 0.0)
-    return PolicyBatch(tokens=some, old_logps=logps, advantages=advantages)
+    moved, advantages = jnp.where(some.mask, rng.normal(0, [[[0.3]], [[1.0]]], (2, rows, length)), 0.0)
+    return PolicyBatch(
+        tokens=some, old_logps=token_logps(bigram(), bigram_params(), some) + moved, advantages=advantages
+    )

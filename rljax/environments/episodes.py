@@ -141,7 +141,8 @@ def play_against(
         episodes = _answered(game, episodes, player, written, limits, policies[player].tokenizer, call)
     if not actions.most(mesh, any(episode.failure is None for episode in episodes) or not episodes)[0]:
         raise rewards.RewardError(
-            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: {shown(rows[0], 200)}"
+            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: "
+            f"{shown(rows[0], 200)}"
         )
     return tuple(_collect(episodes, player, policies[player], limits) for player in range(game.players))
 

@@ -281,9 +281,10 @@ def test_failures_end_their_own_episodes():
 
 
 def test_a_batch_of_failures_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"all 2 episodes failed, the first of them so: reset: RuntimeError: no such room"
-    ):
+    said = (
+        r"all 2 episodes failed, the first of them so: reset: RuntimeError: no such room .*Its row: .*'fault': 'reset'"
+    )
+    with pytest.raises(rewards.RewardError, match=said):
         played(breaking(threading.Event()), [{"fault": "reset"}] * 2)
 
 

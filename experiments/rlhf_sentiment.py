@@ -1,0 +1,219 @@
+"""Reinforcement learning from (simulated) human feedback in one command: the three steps of InstructGPT (Ouyang et al.
+2022, arXiv:2203.02155, figure 2) on sentences about movies.
+
+    rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
+"""
+
+import functools
+import itertools
+import pathlib
+import random
+
+import jax
+from matplotlib.figure import Figure
+
+from rljax import artefacts, data, manifest, offline, online, policy, presets, program, report, rewards, tracking
+
+GOLD = functools.partial(rewards.vader_sentiment, judged="prompt+completion")  # stands in for the human
+PROMPT, COMPLETION, SAMPLES = 16, 24, 4  # tokens, tokens, completions that the human compares
+SHORT = range(8, 17)  # words of a sentence
+NEEDS = """--data names the sentences: a .jsonl or .parquet file, or tfds:NAME (tfds:glue/sst2), with rows
+{"text": "a sentence about a movie", "label": 0 or 1}, such as the 10,662 of Pang and Lee (2005)"""
+
+
+def sentence(row: data.Row) -> tuple[str, int]:
+    """(text, label: 1 for a positive one) of a row."""
+    text, label = row.get("text", row.get("sentence")), row.get("label")
+    if not isinstance(text, str) or label not in (0, 1):
+        raise ValueError(f"this row has the fields {', '.join(row)}. {NEEDS}")
+    return text.strip(), int(label)
+
+
+def write_data(source: str, folder: pathlib.Path, *, openings: int, seed: int) -> None:
+    """The sentences that SFT learns from, and of others, which it does not see, the first four words as prompts."""
+    try:
+        rows = data.read(source)
+    except ValueError as error:
+        raise ValueError(f"{error}. {NEEDS}") from None
+    found = [rows.apply(sentence, i) for i in range(len(rows))]
+    short = [(text, label) for text, label in found if len(text.split()) in SHORT]
+    random.Random(seed).shuffle(short)
+    held, asked = short[: openings // 2], short[openings // 2 : 2 * openings]
+    texts = short[2 * openings :]
+    if {label for _, label in texts} != {0, 1}:
+        raise ValueError(
+            f"{source}: of its {len(rows)} rows {len(short)} have {SHORT[0]} to {SHORT[-1]} words; {2 * openings} of "
+            f"these become prompts, and the other {len(texts)} are not both positive and negative ones. {NEEDS}"
+        )
+    data.write_jsonl(folder / "sentences.jsonl", [{"text": text} for text, _ in texts])
+    for name, some in (("prompts", asked), ("held_out", held)):
+        data.write_jsonl(folder / f"{name}.jsonl", [{"prompt": " ".join(text.split()[:4])} for text, _ in some])
+
+
+def compare(writer: policy.Policy, prompts: list[str], key: jax.Array) -> list[dict]:
+    """Pairs of completions of a prompt, the one that the gold reward prefers chosen; ties are left out."""
+    asked = [prompt for prompt in prompts for _ in range(SAMPLES)]
+    texts = policy.complete(writer, asked, key, max_new_tokens=COMPLETION, max_prompt=PROMPT, batch=64).texts
+    judged, rows = list(zip(asked, texts, GOLD(asked, texts), strict=True)), []
+    for start in range(0, len(judged), SAMPLES):
+        group = sorted(judged[start : start + SAMPLES], key=lambda one: one[2])
+        for (prompt, worse, low), (_, better, high) in itertools.combinations(group, 2):
+            if low < high and worse and better:
+                rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+    return rows
+
+
+def write_pairs(model: str, folder: pathlib.Path, seed: int) -> None:
+    """Preferences between completions by `model`: of the prompts, and of those held out (written last)."""
+    if (folder / "held_out_pairs.jsonl").is_file():
+        return
+    writer = policy.load(model, dtype="float32")
+    for i, (source, target) in enumerate((("prompts", "pairs"), ("held_out", "held_out_pairs"))):
+        prompts = [row["prompt"] for row in data.read(folder / f"{source}.jsonl")]
+        print(f"comparing {SAMPLES} completions of each of {len(prompts)} prompts", flush=True)
+        data.write_jsonl(folder / f"{target}.jsonl", compare(writer, prompts, jax.random.key(seed + i)))
+
+
+def finish(experiment: program.Run, export: pathlib.Path) -> int:
+    """Run a step of the pipeline, or go on with it, and export its weights; nothing where that was done before."""
+    folder = program.run_folder(experiment, None)
+    if (export / "config.json").is_file():
+        changed = manifest.differences(manifest.read_json(folder / "experiment.json"), program.describe(experiment))
+        if changed:
+            raise ValueError(
+                f"{folder} was finished with other settings ({'; '.join(changed[:3])}): choose another --out"
+            )
+        print(f"{folder}: finished", flush=True)
+        return 0
+    print(f"\n--- {folder}", flush=True)
+    status = (online if isinstance(experiment, online.Sampled) else offline).run(experiment)
+    if status == 0:
+        artefacts.export(folder, export)
+    return status
+
+
+def write_report(folder: pathlib.Path) -> pathlib.Path:
+    """report.md of the three steps, with a figure."""
+    rm, ppo = (tracking.read_rows(folder / name / "metrics.jsonl") for name in ("2-reward-model", "3-ppo"))
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for panel, rows, names in (
+        (panels[0], rm, ["eval/accuracy"]),
+        (panels[1], ppo, [f"{held}rewards/{name}/mean" for name in ("proxy", "gold") for held in ("", "eval/")]),
+        (panels[2], ppo, ["objective/kl"]),
+    ):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            style = "o--" if name.startswith("eval/") else "-"
+            panel.plot(*zip(*points, strict=True), style, label=name, color="C1" if "gold" in name else "C0")
+        panel.set(xlabel="step of PPO" if rows is ppo else "step of the reward model")
+        panel.legend(fontsize=8)
+
+    def last(rows: list[dict], name: str, which: int = -1) -> str:
+        found = [row[name] for row in rows if row.get(name) is not None]
+        return f"{found[which]:.3f}"
+
+    gold, proxy = "eval/rewards/gold/mean", "eval/rewards/proxy/mean"
+    results = report.table(
+        ["", "before", "after"],
+        [
+            ["accuracy of the reward model, held-out pairs", *(last(rm, "eval/accuracy", i) for i in (0, -1))],
+            ["reward model's score of the policy, held-out prompts", *(last(ppo, proxy, i) for i in (0, -1))],
+            ["gold reward of the policy, held-out prompts", *(last(ppo, gold, i) for i in (0, -1))],
+            ["KL(policy ‖ SFT model), nats", *(last(ppo, "objective/kl", i) for i in (0, -1))],
+        ],
+    )
+    samples = tracking.read_rows(folder / "3-ppo" / "samples.jsonl")
+    phases = [{row["prompt"]: row for row in samples if row["phase"] == phase} for phase in ("before", "after")]
+    written = [[prompt, *(phase[prompt]["completion"] for phase in phases)] for prompt in phases[0]]
+    golds = [[GOLD([prompt], [text])[0] for text in texts] for prompt, *texts in written]
+    shown = [[*map(report.escape, row), f"{a:.2f} → {b:.2f}"] for row, (a, b) in zip(written[:12], golds, strict=False)]
+    texts = report.table(["prompt", "SFT model", "after PPO", "gold reward"], shown)
+    return report.write_report(
+        folder, sections=[("Results", results), ("Samples", texts)], figures=[("The pipeline", figure)]
+    )
+
+
+def main(
+    *,
+    data: str = "sentences.jsonl",
+    model: str = "smollm2-135m-instruct",
+    out: str = "runs/rlhf_sentiment",
+    seed: int = 0,
+    steps_sft: int = 60,
+    steps_rm: int = 60,
+    steps_ppo: int = 24,
+    openings: int = 128,
+    batch: int = 32,
+) -> int:
+    """Supervised fine-tuning, a reward model, PPO; the same command again goes on where it stopped.
+
+    Args:
+        data: rows {"text", "label"}
+        model: where everything starts
+        out: the folder of all three runs
+        openings: prompts, whose completions are compared, and which PPO trains on; half as many are held out
+        batch: prompts of a step of PPO
+    """
+    folder = pathlib.Path(out)
+    texts, sft, rm = folder / "data", folder / "sft-model", folder / "reward-model"
+    write_data(data, texts, openings=openings, seed=seed)
+    shared = {"out": out, "seed": seed, "max_prompt": PROMPT, "max_completion": COMPLETION, "batch": 8}
+    status = finish(
+        offline.SFT(
+            model=model,
+            data=str(texts / "sentences.jsonl"),
+            name="1-sft",
+            packing=True,
+            steps=steps_sft,
+            learning_rate=1e-4,
+            **shared | {"max_prompt": 40},
+        ),
+        sft,
+    )
+    if status:
+        return status
+    write_pairs(str(sft), texts, seed)
+    status = finish(
+        offline.RewardModel(
+            model=str(sft),
+            data=str(texts / "pairs.jsonl"),
+            eval_data=str(texts / "held_out_pairs.jsonl"),
+            name="2-reward-model",
+            steps=steps_rm,
+            learning_rate=5e-5,
+            normalize=64,
+            eval_every=20,
+            **shared,
+        ),
+        rm,
+    )
+    if status:
+        return status
+    status = finish(
+        presets.ppo_instructgpt(
+            model=str(sft),
+            data=str(texts / "prompts.jsonl"),
+            eval_data=str(texts / "held_out.jsonl"),
+            name="3-ppo",
+            reward=(rewards.from_checkpoint(rm, name="proxy"), rewards.reward(GOLD, weight=0.0, name="gold")),
+            critic=str(rm),
+            missing_eos_penalty=1.0,
+            steps=steps_ppo,
+            learning_rate=1e-5,
+            samples=12,
+            eval_every=8,
+            save_every=8,
+            **shared | {"batch": batch},
+        ),
+        folder / "ppo-model",
+    )
+    if status == 0:
+        print(f"\nreport of the pipeline: {write_report(folder)}")
+    return status
+
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)
