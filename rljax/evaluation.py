@@ -45,7 +45,8 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     )
     rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
     source = prompts.prompts(run, now.tokenizer, rows)
-    said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens)()
+    patient = setup.sampler.judges._replace(poll=lambda: None)  # an evaluation is finished, signal or not
+    said = judges.start(patient, source, range(len(rows)), rollouts.tokens)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
     return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
 
@@ -82,28 +83,32 @@ def _prompt_part(tokens: Any) -> Any:
     return dataclasses.replace(tokens, mask=before)
 
 
-def evaluate(
-    run: Any, setup: Any, learner: Learner, progress: Progress, tracker: tracking.Tracker, step: int, phase: str
+def log(
+    run: Any, written: Written, progress: Progress, tracker: tracking.Tracker, step: int
 ) -> tuple[Progress, dict[str, float] | None]:
-    """Log the rewards of held-out prompts, show samples; (progress, what ranks this state), where something does."""
-    with tracker.phase(f"completing {len(setup.held_out)} held-out prompts" if step == 0 else None):
-        made = write(run, setup, learner, setup.held_out, run.seed)
-    found: dict[str, float | None] = {"reward": mean(made.total), "reward/std": spread(made.total)}
-    found |= {f"rewards/{name}/mean": mean(values) for name, values in made.parts.items()}
-    found["completions/mean_length"] = mean(made.lengths)
-    found["completions/clipped_ratio"] = mean(~made.finished)
+    """Log what was written; (progress, what ranks this state), where something does."""
+    found: dict[str, float | None] = {"reward": mean(written.total), "reward/std": spread(written.total)}
+    found |= {f"rewards/{name}/mean": mean(values) for name, values in written.parts.items()}
+    found["completions/mean_length"] = mean(written.lengths)
+    found["completions/clipped_ratio"] = mean(~written.finished)
     found = {name: value for name, value in found.items() if value is not None}
     tracker.log(step, found, prefix="eval/")
-    columns = zip(made.prompts, made.texts, made.total, strict=True)
-    samples = [
+    return program.rank(run, {f"eval/{name}": value for name, value in found.items()}, progress)
+
+
+def show(
+    run: Any, setup: Any, learner: Learner, written: Written, tracker: tracking.Tracker, step: int, phase: str
+) -> None:
+    """Show samples; before and after training also find out what the experiment itself wants to know."""
+    columns = zip(written.prompts, written.texts, written.total, strict=True)
+    rows = [
         {"phase": phase, "prompt": p, "completion": t, "reward": None if np.isnan(r) else round(float(r), 4)}
         for p, t, r in list(columns)[: run.samples]
     ]
-    tracker.samples(step, samples, title=f"{phase} training" if phase != "during" else f"step {step}")
+    tracker.samples(step, rows, title=f"step {step}" if phase == "during" else f"{phase} training")
     if phase != "during":
         now = setup.start._replace(params=views.decoder_params(learner.train.params))
         program.measure(run, now, setup.start.params, tracker, step, phase)
-    return program.rank(run, {f"eval/{name}": value for name, value in found.items()}, progress)
 
 
 def mean(values: np.ndarray) -> float | None:
@@ -135,4 +140,4 @@ def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.
     return dataclasses.replace(learner, moments=placed)
 
 
-__all__ = ["Written", "evaluate", "reference_moments", "shown", "write"]
+__all__ = ["Written", "log", "reference_moments", "show", "shown", "write"]

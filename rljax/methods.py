@@ -156,9 +156,7 @@ def preference(run: Any, model: LanguageModel, params: Params, sampling: Samplin
             ref_chosen_logps=ref[rows + best],
             ref_rejected_logps=ref[rows + worst],
         )
-        return pairs, _rollout_metrics(rollout, notes, judged, run) | {
-            "pairs/tied": share(~real)
-        }
+        return pairs, _rollout_metrics(rollout, notes, judged, run) | {"pairs/tied": share(~real)}
 
     return Method(
         params=params,

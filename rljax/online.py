@@ -209,11 +209,7 @@ def _compile(
     if collect.queued(run):
         found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=_local_rows(run) * (run.lag or 1))
     out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
-    if (
-        run.reward is not None
-        and all(one.on_device for one in rewards.as_rewards(run.reward))
-        and not collect.queued(run)
-    ):
+    if asked and all(one.on_device for one in asked) and not collect.queued(run):
         with tracker.phase("compiling the iteration"):
             whole = jax.jit(parts.whole, donate_argnums=0, **out)
             found["whole"] = whole.lower(learner, base, reward_params, prompt, text, key).compile()
@@ -273,7 +269,10 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
     if run.normalize_reference:
         learner = evaluation.reference_moments(run, setup, learner, tracker)
-    evaluation.evaluate(run, setup, learner, Progress(), tracker, 0, "before")
+    with tracker.phase(f"completing {len(setup.held_out)} held-out prompts"):
+        written = evaluation.write(run, setup, learner, setup.held_out, run.seed)
+    evaluation.log(run, written, Progress(), tracker, 0)
+    evaluation.show(run, setup, learner, written, tracker, 0, "before")
     return State(learner, None), Progress()
 
 
@@ -307,29 +306,38 @@ def _loop(
             state, progress, metrics, trace = _advance(run, setup, state, progress, at)
             at += 1
             collect.check_on_device(setup.sampler, watched)  # of the iteration before: the device need not wait
+            watched = (at, trace)
+            tracker.log(at, {**metrics, "learning_rate": _rate(setup, state)}, tokens=_tokens(trace))
+            due, leaving, measured = at % run.eval_every == 0 or at == run.steps, stop.agreed(at) is not None, None
+            if due:
+                written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
+                progress, measured = evaluation.log(run, written, progress, tracker, at)
         except judges.Leaving:
-            save(at)
-            return
+            return save(at)
         except rewards.RewardError:
             save(at)
             raise
-        watched = (at, trace)
-        rate = Mean(total=jnp.asarray(setup.schedule(state.learner.train.step - 1)), weight=jnp.ones(()))
-        tracker.log(at, {**metrics, "learning_rate": rate}, tokens=jnp.count_nonzero(trace.rollout.tokens.segments))
-
-        due, leaving, measured = at % run.eval_every == 0 or at == run.steps, stop.agreed(at) is not None, None
-        if due:
-            tracker.evidence(at, _evidence(run, setup, state.learner, trace))
-            phase = "after" if at == run.steps else "during"
-            progress, measured = evaluation.evaluate(run, setup, state.learner, progress, tracker, at, phase)
         done = at == run.steps or progress.waited >= (run.patience or np.inf)
         progress = progress._replace(done=done)
+        if due:
+            tracker.evidence(at, _evidence(run, setup, state.learner, trace))
+            evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
         better = due and run.best is not None and progress.waited == 0
         if done or leaving or better or at % run.save_every == 0:
             save(at, measured)
         if done or leaving:
             break
-    collect.check_on_device(setup.sampler, watched)
+    return collect.check_on_device(setup.sampler, watched)
+
+
+def _rate(setup: Setup, state: State) -> Mean:
+    """The learning rate of the last update."""
+    return Mean(total=jnp.asarray(setup.schedule(state.learner.train.step - 1)), weight=jnp.ones(()))
+
+
+def _tokens(trace: Trace) -> jax.Array:
+    """Tokens read and written in an iteration."""
+    return jnp.count_nonzero(trace.rollout.tokens.segments)
 
 
 def _advance(

@@ -204,7 +204,9 @@ def _weights(loss_fn: Any, params: Params, pieces: Any, microbatches: int) -> li
     """Those of several Means in the whole batch. They do not depend on the parameters, so the pass that adds them up
     costs nothing: the compiler drops the rest.
     """
-    return _nonzero(_accumulate(lambda piece: [part.weight for part in loss_fn(params, piece)[0]], pieces, microbatches))
+    return _nonzero(
+        _accumulate(lambda piece: [part.weight for part in loss_fn(params, piece)[0]], pieces, microbatches)
+    )
 
 
 def _nonzero(weights: list[Array]) -> list[Array]:

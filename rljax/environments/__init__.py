@@ -1,7 +1,7 @@
 """Environments: what a policy acts in, for one turn or several, and games of policies against each other.
 
 episodes = environments.play(
-    policy, environments.number_guessing(high=10), rows, key, max_new_tokens=8, max_prompt=64, max_length=192, n=4
+    policy, environments.number_guessing(high=9, chat=True), rows, key, max_new_tokens=8, max_prompt=64, max_length=192, n=4
 )
 episodes.rollout, episodes.rewards                                       # f32[b t] beside it: one reward an action
 """
@@ -9,7 +9,7 @@ episodes.rollout, episodes.rewards                                       # f32[b
 from rljax.environments.coins import split_coins
 from rljax.environments.dialogue import conversations, customer_service
 from rljax.environments.episodes import play, play_against
-from rljax.environments.guessing import best_score, number_guessing, number_guessing_in_tokens
+from rljax.environments.guessing import best_score, guessing, number_guessing
 from rljax.environments.prompts import question_answering, single_turn
 from rljax.environments.tools import calculator, exercises
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
@@ -26,8 +26,8 @@ __all__ = [
     "conversations",
     "customer_service",
     "exercises",
+    "guessing",
     "number_guessing",
-    "number_guessing_in_tokens",
     "play",
     "play_against",
     "question_answering",

@@ -1,10 +1,10 @@
-"""Guess a number: told "higher" or "lower" after every guess, the sooner the better."""
+"""Guess one of an ordered row of things: told "higher" or "lower" after every guess, and the sooner the better."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,93 +13,65 @@ from rljax.environments.turns import Environment, Text, Turn, message
 
 
 class _Secret(NamedTuple):
-    number: int
+    position: int  # among the choices
     guesses: int = 0
 
 
-def number_guessing(
-    *, low: int = 1, high: int = 100, max_turns: int = 7, chat: bool = False, prompt: str | None = None
+def number_guessing(*, low: int = 1, high: int = 100, max_turns: int = 7, chat: bool = False) -> Environment:
+    """A secret number from `low` to `high`: see `guessing`. chat: as messages, or else as a text that goes on."""
+    text, again = f"I am thinking of a number from {low} to {high}.", f"Give a number from {low} to {high}."
+    numbers = [str(number) for number in range(low, high + 1)]
+    if chat:
+        opening = [message(f"{text} What is your guess?")]
+        return guessing(numbers, opening, higher="Higher.", lower="Lower.", again=again, max_turns=max_turns)
+    ask = " My guess:"
+    higher, lower, again = f"\nHigher.{ask}", f"\nLower.{ask}", f"\n{again}{ask}"
+    return guessing(numbers, f"{text}{ask}", higher=higher, lower=lower, again=again, max_turns=max_turns)
+
+
+def guessing(
+    choices: Sequence[str], prompt: Text, *, higher: str, lower: str, again: str, max_turns: int
 ) -> Environment:
-    """A secret number from `low` to `high`: the row's field "secret", or else drawn by the seed of the episode.
+    """One of `choices`, which stand in order, is the secret: the row's field "secret", or else drawn by the seed.
 
-    The first number in the policy's text is its guess. A hit at guess k of K is worth 1 − (k − 1)/K, everything else 0;
-    `best_score` is what the best strategy earns. An action without a number in the range costs a turn.
+    The first choice that the policy's text has as a word of its own is the guess. A hit at guess k of K is worth
+    1 − (k − 1)/K, everything else 0; `best_score` is what the best strategy earns. `higher` or `lower` (the secret is)
+    answers a guess, `again` an action without one, which costs a turn: as texts that go on, or as messages of the user
+    where the prompt is messages.
     """
-    text = prompt or f"I am thinking of a number from {low} to {high}. What is your guess?"
+    places = {choice: i for i, choice in enumerate(choices)}
+    if not choices or len(places) < len(choices):
+        raise ValueError(f"something is guessed among different choices, at least one; got {list(choices)}")
+    longest = sorted(choices, key=len, reverse=True)
+    word = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?!\w)")
 
-    def read(text: str, ids: np.ndarray) -> int | None:
+    def reset(row: Row, seed: int) -> tuple[_Secret, Text]:
+        secret = row.get("secret")
+        if secret is None:
+            return _Secret(int(np.random.default_rng(seed).integers(len(choices)))), prompt
+        if str(secret) not in places:
+            raise ValueError(f"the secret {secret!r} is none of the choices from {choices[0]} to {choices[-1]}")
+        return _Secret(places[str(secret)]), prompt
+
+    def step(secret: _Secret, text: str, ids: np.ndarray) -> tuple[_Secret, Turn]:
         del ids
-        found = re.search(r"-?[0-9]{1,9}", text)
-        return int(found.group()) if found else None
+        found, secret = word.search(text), secret._replace(guesses=secret.guesses + 1)
+        place = places[found.group()] if found else None
+        if place == secret.position:
+            return secret, Turn(None, 1 - (secret.guesses - 1) / max_turns, done=True)
+        answer = again if place is None else higher if secret.position > place else lower
+        return secret, Turn([message(answer)] if isinstance(prompt, list) else answer)
 
-    def answer(guess: int | None, secret: int) -> Text:
-        if guess is None or not low <= guess <= high:
-            reply = f"Give a number from {low} to {high}."
-        else:
-            reply = "Higher." if secret > guess else "Lower."
-        return [message(reply)] if chat else f"\n{reply} Your guess:"
-
-    opening = [message(text)] if chat else f"{text}\nYour guess:"
-    return _guessing(range(low, high + 1), max_turns, lambda: opening, read, answer)
-
-
-def number_guessing_in_tokens(
-    prompt: Sequence[int], numbers: Sequence[int], *, higher: Sequence[int], lower: Sequence[int], max_turns: int = 3
-) -> Environment:
-    """The same game in token ids, for models without words: numbers[i] is the token of number i.
-
-    The first of these tokens in an action is its guess; it is answered with the ids `higher` or `lower`. An action
-    without one costs a turn and is answered with `higher` and `lower`. With stop_ids=numbers among the settings of the
-    sampler an action ends in its guess.
-    """
-    values = {token: i for i, token in enumerate(numbers)}
-
-    def read(text: str, ids: np.ndarray) -> int | None:
-        del text
-        return next((values[token] for token in ids.tolist() if token in values), None)
-
-    def answer(guess: int | None, secret: int) -> Text:
-        if guess is None:
-            return np.asarray([*higher, *lower], np.int32)
-        return np.asarray(higher if secret > guess else lower, np.int32)
-
-    return _guessing(range(len(numbers)), max_turns, lambda: np.asarray(prompt, np.int32), read, answer)
+    return Environment(reset, step, max_turns)
 
 
 def best_score(count: int, max_turns: int) -> float:
-    """What a strategy earns on average that halves what is left of `count` equally likely numbers: none earns more.
+    """What a strategy earns on average that halves what is left of `count` equally likely choices: none earns more.
 
-    Up to 2^(k−1) numbers can be hit at guess k.
+    Up to 2^(k−1) of them can be hit at guess k.
     """
     left, total = count, 0.0
     for k in range(max_turns):
         hit = min(2**k, left)
         left, total = left - hit, total + hit * (1 - k / max_turns)
     return total / count
-
-
-def _guessing(
-    numbers: range,
-    max_turns: int,
-    prompt: Callable[[], Text],
-    read: Callable[[str, np.ndarray], int | None],
-    answer: Callable[[int | None, int], Text],
-) -> Environment:
-    if not numbers:
-        raise ValueError("there is no number to guess: give a range, or tokens, of at least one")
-
-    def reset(row: Row, seed: int) -> tuple[_Secret, Text]:
-        secret: Any = row.get("secret")
-        if secret is None:
-            secret = int(np.random.default_rng(seed).integers(numbers.start, numbers.stop))
-        if secret not in numbers:
-            raise ValueError(f"the secret {secret!r} is not among the numbers from {numbers[0]} to {numbers[-1]}")
-        return _Secret(int(secret)), prompt()
-
-    def step(secret: _Secret, text: str, ids: np.ndarray) -> tuple[_Secret, Turn]:
-        guess, secret = read(text, ids), secret._replace(guesses=secret.guesses + 1)
-        if guess == secret.number:
-            return secret, Turn(None, 1 - (secret.guesses - 1) / max_turns, done=True)
-        return secret, Turn(answer(guess, secret.number))
-
-    return Environment(reset, step, max_turns)

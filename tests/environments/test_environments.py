@@ -249,12 +249,12 @@ def test_exercises():
 
 def test_guesses_are_answered():
     environment = environments.number_guessing(low=1, high=10, max_turns=4)
-    prompt, turns = through(environment, {"secret": 7}, "I think 5", "9 or 8", "eleven", "7!")
-    assert prompt == "I am thinking of a number from 1 to 10. What is your guess?\nYour guess:"
+    prompt, turns = through(environment, {"secret": 7}, "I think 5, not 7", "-7 or 10?", "eleven, 11", "7!")
+    assert prompt == "I am thinking of a number from 1 to 10. My guess:"
     assert [turn.observation for turn in turns] == [
-        "\nHigher. Your guess:",
-        "\nLower. Your guess:",
-        "\nGive a number from 1 to 10. Your guess:",
+        "\nHigher. My guess:",
+        "\nLower. My guess:",
+        "\nGive a number from 1 to 10. My guess:",
         None,
     ]
     assert [turn.reward for turn in turns] == [0, 0, 0, 0.25]
@@ -264,26 +264,30 @@ def test_guesses_are_answered():
 
 
 def test_guesses_in_a_chat():
-    prompt, turns = through(environments.number_guessing(high=3, chat=True), {"secret": 1}, "2", "-1")
-    assert prompt[0]["role"] == "user"
+    prompt, turns = through(environments.number_guessing(high=3, chat=True), {"secret": "1"}, "2", "-1")
+    assert prompt == [{"role": "user", "content": "I am thinking of a number from 1 to 3. What is your guess?"}]
     assert turns[0].observation == [{"role": "user", "content": "Lower."}]
     assert turns[1].observation == [{"role": "user", "content": "Give a number from 1 to 3."}]
 
 
-def test_guesses_in_tokens():
-    environment = environments.number_guessing_in_tokens([1, 2], [10, 11, 12], higher=[3], lower=[4, 5], max_turns=2)
-    prompt, turns = through(environment, {"secret": 1}, [9, 10, 11], [9], [12], [11])
-    assert prompt.tolist() == [1, 2]
-    assert [turn.observation.tolist() for turn in turns[:3]] == [[3], [3, 4, 5], [4, 5]]
-    assert turns[3].done
+def test_guesses_of_anything_in_order():
+    words = {"higher": " later ", "lower": " earlier ", "again": " what? ", "max_turns": 3}
+    environment = environments.guessing(["A", "C.", "CC"], "Say:", **words)
+    _, turns = through(environment, {"secret": "C."}, "AC", "A", "CC")
+    assert [turn.observation for turn in turns] == [" what? ", " later ", " earlier "]
+    _, (turn,) = through(environment, {"secret": "C."}, " C.")
+    assert turn.done
+    for choices in ([], ["A", "A"]):
+        with pytest.raises(ValueError, match="different choices"):
+            environments.guessing(choices, "Say:", **words)
 
 
 def test_secrets_come_from_the_seed():
     environment = environments.number_guessing(high=5)
-    secrets = [environment.reset({}, seed)[0].number for seed in range(60)]
-    assert secrets == [environment.reset({}, seed)[0].number for seed in range(60)]
-    assert set(secrets) == {1, 2, 3, 4, 5}
-    with pytest.raises(ValueError, match="the secret 6 is not among the numbers from 1 to 5"):
+    secrets = [environment.reset({}, seed)[0].position for seed in range(60)]
+    assert secrets == [environment.reset({}, seed)[0].position for seed in range(60)]
+    assert set(secrets) == {0, 1, 2, 3, 4}
+    with pytest.raises(ValueError, match="the secret 6 is none of the choices from 1 to 5"):
         environment.reset({"secret": 6}, 0)
 
 
