@@ -3,9 +3,11 @@
 import random
 
 import jax
+import numpy as np
 
 from rljax import offline, policy, presets, rewards
 
+TOKENS = 12  # of an answer
 PAIRS = [(a, b) for a in range(10) for b in range(a, 10)]
 HELD_OUT = set(random.Random(0).sample(PAIRS, 11))  # of 55; a sum and its mirror image are on the same side
 
@@ -31,9 +33,9 @@ def accuracy(model: policy.Policy, reference: dict, key: jax.Array) -> offline.E
     metrics, samples = {}, []
     for name, rows in asked.items():
         prompts, answers = [row["prompt"] for row in rows], [row["answer"] for row in rows]
-        texts = policy.complete(model, prompts, key, max_new_tokens=experiment.max_completion, batch=40).texts
+        texts = policy.complete(model, prompts, key, max_new_tokens=TOKENS, batch=40).texts
         right = rewards.numeric_match(prompts, texts, answer=answers)
-        metrics[f"accuracy/{name}"] = sum(right) / len(right)
+        metrics[f"accuracy/{name}"] = float(np.mean(np.asarray(right, float)))
         samples += [
             {"prompt": p[-1]["content"], "completion": t, "right": r}
             for p, t, r in zip(prompts, texts, right, strict=True)
@@ -47,12 +49,13 @@ experiment = presets.grpo(
     reward=rewards.numeric_match,
     evaluate=accuracy,
     max_prompt=48,
-    max_completion=12,
+    max_completion=TOKENS,
     steps=40,
-    batch=8,
+    batch=4,
     group=8,
-    learning_rate=3e-5,
-    eval_every=10,
+    kl_loss=0.0,  # the reference's log-probabilities would take a fifth of the time
+    learning_rate=5e-5,
+    eval_every=20,
     save_every=20,
 )
 

@@ -3,29 +3,21 @@ arXiv:1707.06347; the KL penalty in the reward: Ziegler et al. 2019, arXiv:1909.
 """
 
 import itertools
-import random
 import re
 
 from rljax import online, train
 
+TIMES = ("One day,", "Once upon a time,", "In the morning,", "Every day,", "Last night,", "After lunch,")
 NAMES = ("Lily", "Tom", "Max", "Sara", "Ben", "Mia", "Tim", "Anna", "Sam", "Lucy", "Jack", "Amy")
-BEGINNINGS = (
-    "One day, {} went to the park",
-    "One day, {} was in the kitchen and",
-    "Once upon a time, {} had a big",
-    "{} and the dog",
-    "{} was walking home when",
-    "In the morning, {} looked at",
-    "Every day, {} sat by the",
-    "{} found a box. In the box",
-)
+DOINGS = ("went to the", "saw a big", "found a", "looked at the", "sat by the", "heard a", "and the dog", "and Mom", "ran to a")
+
+
 HAPPY = "happy happily smile smiled laugh laughed fun love loved friend friends play played joy hug hugged kind nice proud"
 
 
-def openings(policy, key, *, count: int = 96) -> list[dict]:
-    """Beginnings of stories, each name with each beginning, in an order of its own."""
-    prompts = [beginning.format(name) for name, beginning in itertools.product(NAMES, BEGINNINGS)]
-    return [{"prompt": prompt} for prompt in random.Random(0).sample(prompts, count)]
+def openings(policy, key) -> list[dict]:
+    """Beginnings of stories: 648 of them, of which a tenth is held out."""
+    return [{"prompt": " ".join(parts)} for parts in itertools.product(TIMES, NAMES, DOINGS)]
 
 
 def happy(prompts: list[str], completions: list[str]) -> list[int]:
@@ -39,17 +31,17 @@ experiment = online.PPO(
     reward=happy,
     max_prompt=32,
     max_completion=48,
-    steps=120,
-    batch=32,
+    steps=100,
+    batch=64,
     epochs=2,
     minibatches=2,
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     schedule=train.linear,
-    kl_reward=0.05,
+    kl_reward=0.1,
     remat="none",
     eval_rows=64,
-    eval_every=40,
-    save_every=120,
+    eval_every=50,
+    save_every=50,
 )
 
 if __name__ == "__main__":

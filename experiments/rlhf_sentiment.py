@@ -8,6 +8,7 @@ import functools
 import itertools
 import pathlib
 import random
+from typing import Any
 
 import jax
 from matplotlib.figure import Figure
@@ -38,12 +39,12 @@ def write_data(source: str, folder: pathlib.Path, *, openings: int, seed: int) -
     found = [rows.apply(sentence, i) for i in range(len(rows))]
     short = [(text, label) for text, label in found if len(text.split()) in SHORT]
     random.Random(seed).shuffle(short)
-    held, asked = short[: openings // 2], short[openings // 2 : 2 * openings]
-    texts = short[2 * openings :]
+    start = openings // 2
+    held, asked, texts = short[:start], short[start : start + openings], short[start + openings :]
     if {label for _, label in texts} != {0, 1}:
         raise ValueError(
-            f"{source}: of its {len(rows)} rows {len(short)} have {SHORT[0]} to {SHORT[-1]} words; {2 * openings} of "
-            f"these become prompts, and the other {len(texts)} are not both positive and negative ones. {NEEDS}"
+            f"{source}: of its {len(rows)} rows {len(short)} have {SHORT[0]} to {SHORT[-1]} words; {len(held + asked)} "
+            f"become prompts, and the other {len(texts)} are not both positive and negative ones. {NEEDS}"
         )
     data.write_jsonl(folder / "sentences.jsonl", [{"text": text} for text, _ in texts])
     for name, some in (("prompts", asked), ("held_out", held)):
@@ -78,15 +79,10 @@ def finish(experiment: program.Run, export: pathlib.Path) -> int:
     """Run a step of the pipeline, or go on with it, and export its weights; nothing where that was done before."""
     folder = program.run_folder(experiment, None)
     if (export / "config.json").is_file():
-        changed = manifest.differences(manifest.read_json(folder / "experiment.json"), program.describe(experiment))
-        if changed:
-            raise ValueError(
-                f"{folder} was finished with other settings ({'; '.join(changed[:3])}): choose another --out"
-            )
         print(f"{folder}: finished", flush=True)
         return 0
     print(f"\n--- {folder}", flush=True)
-    status = (online if isinstance(experiment, online.Sampled) else offline).run(experiment)
+    status = online.run(experiment) if isinstance(experiment, online.Sampled) else offline.run(experiment)
     if status == 0:
         artefacts.export(folder, export)
     return status
@@ -134,6 +130,53 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
+def steps_of(
+    folder: pathlib.Path, *, model: str, seed: int, steps_sft: int, steps_rm: int, steps_ppo: int, batch: int
+) -> tuple[program.Run, program.Run, program.Run]:
+    """The three experiments, which hand on their weights in folder/sft-model and folder/reward-model."""
+    texts, sft, rm = (str(folder / name) for name in ("data", "sft-model", "reward-model"))
+    shared: dict[str, Any] = {"out": str(folder), "seed": seed, "max_prompt": PROMPT, "max_completion": COMPLETION}
+    supervised = offline.SFT(
+        model=model,
+        data=f"{texts}/sentences.jsonl",
+        name="1-sft",
+        packing=True,
+        steps=steps_sft,
+        batch=16,
+        learning_rate=1e-4,
+        **shared,
+    )
+    compared = offline.RewardModel(
+        model=sft,
+        data=f"{texts}/pairs.jsonl",
+        eval_data=f"{texts}/held_out_pairs.jsonl",
+        name="2-reward-model",
+        normalize=64,
+        steps=steps_rm,
+        batch=8,
+        learning_rate=5e-5,
+        eval_every=20,
+        **shared,
+    )
+    reinforced = presets.ppo_instructgpt(
+        model=sft,
+        data=f"{texts}/prompts.jsonl",
+        eval_data=f"{texts}/held_out.jsonl",
+        name="3-ppo",
+        reward=(rewards.from_checkpoint(rm, name="proxy"), rewards.reward(GOLD, weight=0.0, name="gold")),
+        critic=rm,
+        missing_eos_penalty=1.0,
+        steps=steps_ppo,
+        batch=batch,
+        learning_rate=1e-5,
+        samples=12,
+        eval_every=8,
+        save_every=8,
+        **shared,
+    )
+    return supervised, compared, reinforced
+
+
 def main(
     *,
     data: str = "sentences.jsonl",
@@ -156,58 +199,15 @@ def main(
         batch: prompts of a step of PPO
     """
     folder = pathlib.Path(out)
-    texts, sft, rm = folder / "data", folder / "sft-model", folder / "reward-model"
-    write_data(data, texts, openings=openings, seed=seed)
-    shared = {"out": out, "seed": seed, "max_prompt": PROMPT, "max_completion": COMPLETION, "batch": 8}
-    status = finish(
-        offline.SFT(
-            model=model,
-            data=str(texts / "sentences.jsonl"),
-            name="1-sft",
-            packing=True,
-            steps=steps_sft,
-            learning_rate=1e-4,
-            **shared | {"max_prompt": 40},
-        ),
-        sft,
-    )
-    if status:
-        return status
-    write_pairs(str(sft), texts, seed)
-    status = finish(
-        offline.RewardModel(
-            model=str(sft),
-            data=str(texts / "pairs.jsonl"),
-            eval_data=str(texts / "held_out_pairs.jsonl"),
-            name="2-reward-model",
-            steps=steps_rm,
-            learning_rate=5e-5,
-            normalize=64,
-            eval_every=20,
-            **shared,
-        ),
-        rm,
-    )
-    if status:
-        return status
-    status = finish(
-        presets.ppo_instructgpt(
-            model=str(sft),
-            data=str(texts / "prompts.jsonl"),
-            eval_data=str(texts / "held_out.jsonl"),
-            name="3-ppo",
-            reward=(rewards.from_checkpoint(rm, name="proxy"), rewards.reward(GOLD, weight=0.0, name="gold")),
-            critic=str(rm),
-            missing_eos_penalty=1.0,
-            steps=steps_ppo,
-            learning_rate=1e-5,
-            samples=12,
-            eval_every=8,
-            save_every=8,
-            **shared | {"batch": batch},
-        ),
-        folder / "ppo-model",
-    )
+    sizes = {"steps_sft": steps_sft, "steps_rm": steps_rm, "steps_ppo": steps_ppo, "batch": batch}
+    options = {"data": data, "model": model, "seed": seed, "openings": openings, **sizes}
+    manifest.write_manifest(folder, experiment=options, seed=seed)  # an error where they were others
+    write_data(data, folder / "data", openings=openings, seed=seed)
+    supervised, compared, reinforced = steps_of(folder, model=model, seed=seed, **sizes)
+    status = finish(supervised, folder / "sft-model")
+    if status == 0:
+        write_pairs(compared.model, folder / "data", seed)
+        status = finish(compared, folder / "reward-model") or finish(reinforced, folder / "ppo-model")
     if status == 0:
         print(f"\nreport of the pipeline: {write_report(folder)}")
     return status

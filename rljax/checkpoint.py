@@ -90,7 +90,8 @@ class Checkpoints:
         """Start to write `state` (a pytree of jax arrays, which may be donated afterwards) as checkpoint `step`.
 
         extra: JSON, handed back by `restore`. metrics: must hold `best_metric`, where one is set; without metrics the
-        step is never the best. Returns False, and writes nothing, where this very state is already saved as that step.
+        step is never the best. Returns False, and writes no arrays, where this very state is already saved as that step;
+        what goes with them (extra, and metrics where there are some) is then brought up to date.
         """
         self.wait()
         leaves = _flatten(state)
@@ -192,6 +193,18 @@ class Checkpoints:
                 f"{self.folder / str(step)} exists already and holds another state. A run resumed from an earlier "
                 f"checkpoint must not mix with later ones: delete those after the one restored, or use a new folder."
             )
+        before = self._records[step]
+        record["metrics"] = before["metrics"] if record["metrics"] is None else record["metrics"]
+        if record == before:
+            return False
+        self._records[step] = record
+        if self._metric is not None and record["metrics"] is not None:
+            self._scores[step] = self._score(record["metrics"])
+        path = self.folder / str(step) / "rljax" / "metadata"
+        if jax.process_index() == 0:
+            draft = path.parent / f"{UNFINISHED}-metadata"
+            draft.write_text(json.dumps(record))
+            draft.replace(path)
         return False
 
     def _score(self, metrics: Mapping[str, float]) -> float:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from rljax import judges, policy, reference, rewards, sharding
 from rljax.environments import play
-from rljax.iteration import Trace, Verdict
+from rljax.iteration import Greedy, Trace, Verdict, greedy_verdict
 from rljax.judges import Judges, local
 from rljax.prompts import Prompts, prompt_tokens
 from rljax.types import Params, Rollout, Tokens
@@ -82,7 +82,7 @@ def begin(sampler: Sampler, params: Params, number: int) -> Round:
     def wait(judging: Callable[[], rewards.Scores], alone: Callable[[], rewards.Scores] | None) -> Verdict:
         said = verdict_of(judging(), np.asarray(local(rollout.tokens.mask, mesh)))
         if alone is not None:
-            said = dataclasses.replace(said, greedy=np.repeat(alone().total, run.group))
+            said = dataclasses.replace(said, greedy=greedy_verdict(alone().total, local(greedy, mesh), run.group))
         return reference.place(said, mesh)
 
     return Round(rollout, start)
@@ -192,8 +192,13 @@ def empty_queue(rollout: Rollout, parts: Sequence[str], greedy: bool, rows: int)
     nothing = {name: np.zeros(rows, np.float32) for name in ("total", *parts)}
     tokens = jax.tree.map(lambda x: np.zeros((rows, *x.shape[1:]), x.dtype), rollout)
     arrays: dict[str, Any] = {"total": nothing.pop("total"), "parts": nothing, "per_token": np.zeros_like(tokens.logps)}
-    arrays["greedy"] = np.zeros(rows, np.float32) if greedy else None
+    arrays["greedy"] = _greedy_of(functools.partial(np.zeros, rows)) if greedy else None
     return Experience(tokens, Verdict(**arrays), np.full(rows, -1, np.int32))
+
+
+def _greedy_of(row: Callable[[Any], Any]) -> Greedy:
+    """row: dtype -> one array of that many rows."""
+    return Greedy(total=row(np.float32), lengths=row(np.int32), finished=row(np.bool_))
 
 
 def padded(queue: Experience | None, empty: Experience) -> Experience:
@@ -212,8 +217,9 @@ def abstract_prompts(run: Any, source: Prompts, mesh: Mesh) -> Tokens:
 
 
 def abstract_verdict(rollout: Rollout, parts: Sequence[str], greedy: bool, mesh: Mesh) -> Verdict:
-    row = jax.ShapeDtypeStruct(rollout.finished.shape, np.float32)
-    arrays: dict[str, Any] = {"total": row, "parts": dict.fromkeys(parts, row), "greedy": row if greedy else None}
+    of = functools.partial(jax.ShapeDtypeStruct, rollout.finished.shape)
+    arrays: dict[str, Any] = {"total": of(np.float32), "parts": dict.fromkeys(parts, of(np.float32))}
+    arrays["greedy"] = _greedy_of(of) if greedy else None
     return placed(Verdict(per_token=jax.ShapeDtypeStruct(rollout.logps.shape, np.float32), **arrays), mesh)  # pyright: ignore
 
 
@@ -223,9 +229,9 @@ def placed(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def check_on_device(sampler: Sampler, watched: tuple[int, Trace] | None) -> None:
-    """RewardError where a JAX reward gave an earlier iteration a NaN (that row trained nothing)."""
-    if watched is not None and sampler.judges.device and not sampler.judges.host:
-        step, trace = watched
-        tokens, parts = local((trace.rollout.tokens, trace.verdict.parts), sampler.mesh)
-        judges.refuse_nan(parts, tokens, sampler.start.tokenizer, f" of iteration {step}")
+def check_on_device(sampler: Sampler, trace: Trace) -> None:
+    """RewardError where a JAX reward gave this iteration a NaN (which then has learned nothing)."""
+    if sampler.judges.device and not sampler.judges.host and sampler.queue is None:
+        parts = local(trace.verdict.parts, sampler.mesh)
+        if not all(np.isfinite(values).all() for values in parts.values()):
+            judges.refuse_nan(parts, local(trace.rollout.tokens, sampler.mesh), sampler.start.tokenizer)

@@ -45,8 +45,7 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     )
     rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
     source = prompts.prompts(run, now.tokenizer, rows)
-    patient = setup.sampler.judges._replace(poll=lambda: None)  # an evaluation is finished, signal or not
-    said = judges.start(patient, source, range(len(rows)), rollouts.tokens)()
+    said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
     return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
 

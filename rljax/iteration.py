@@ -37,13 +37,22 @@ class Learner:
 
 
 @pytree
+class Greedy:
+    """What rewards said of greedy completions, each repeated for all rows of its prompt."""
+
+    total: Array  # f32[b]; NaN where no reward applies
+    lengths: Array  # i32[b]; tokens
+    finished: Array  # bool[b]
+
+
+@pytree
 class Verdict:
     """What rewards said of a rollout, before shaping."""
 
     total: Array  # f32[b]: the weighted sum; NaN where no reward applies
     parts: dict[str, Array]  # f32[b] each, unweighted; NaN where it does not apply
     per_token: Array | None = None  # f32[b t], weighted, within the total
-    greedy: Array | None = None  # f32[b]: of the row's prompt completed greedily
+    greedy: Greedy | None = None  # where the advantage compares with it
 
 
 class Trace(NamedTuple):
@@ -106,6 +115,7 @@ def build(
         learner: Learner, rollout: Rollout, notes: Notes, verdict: Verdict, pretrain: Tokens | None, key: Array
     ) -> tuple[Learner, Metrics, Trace]:
         judged, moments = shape(run, learner.moments, rollout, verdict)
+        found = {**completion_metrics(rollout), **reward_metrics(verdict)}
         rollout = _untrained_where(rollout, ~judged.applies)
         batch, metrics = method.batch(rollout, notes, judged, learner.kl_factor)
         if isinstance(batch, PolicyBatch):
@@ -118,7 +128,7 @@ def build(
             moments=moments,
             ema=_average(run, learner.ema, state.params),
         )
-        return learner, {**metrics, **reward_metrics(verdict), **updates}, Trace(rollout, verdict, notes, batch)
+        return learner, {**found, **metrics, **updates}, Trace(rollout, verdict, notes, batch)
 
     whole = functools.partial(_whole, run, method, rewards, sample, sample_greedy, learn)
     return Iteration(sample, sample_greedy, method.annotate, learn, whole)
@@ -138,42 +148,100 @@ def _whole(
     pretrain: Tokens | None,
     key: Array,
 ) -> tuple[Learner, Metrics, Trace]:
-    """Sample, judge, learn, for rewards that are JAX functions."""
+    """Sample, judge, learn, for rewards that are JAX functions. Where one of them is not finite nothing is learned: the
+    learner stays as it is, its number of iterations too.
+    """
     params = learner.train.params
     rollout = sample(params, prompts, key)
     total, per_token, said = judge_on_device(rewards, reward_params, rollout.tokens)
     greedy = None
     if method.greedy:
-        alone, _, _ = judge_on_device(rewards, reward_params, sample_greedy(params, prompts).tokens)
-        greedy = jnp.repeat(alone, run.group)
+        answers = sample_greedy(params, prompts)
+        alone, _, _ = judge_on_device(rewards, reward_params, answers.tokens)
+        greedy = greedy_verdict(alone, answers, run.group)
     verdict = Verdict(total=total, parts=said, per_token=per_token, greedy=greedy)
-    return learn(learner, rollout, method.annotate(params, reference, rollout), verdict, pretrain, key)
+    notes = method.annotate(params, reference, rollout)
+    finite = jnp.stack([jnp.isfinite(values).all() for values in said.values()]).all()
+    learner, metrics, trace = _where(
+        finite, lambda learner: learn(learner, rollout, notes, verdict, pretrain, key), learner
+    )
+    return learner, metrics, Trace(rollout, verdict, notes, trace.batch)
+
+
+def _where(
+    good: Array, learn: Callable[[Learner], tuple[Learner, Metrics, Trace]], learner: Learner
+) -> tuple[Learner, Metrics, Trace]:
+    """What has been learned where `good` holds; else the learner as it is, and zeros.
+
+    A loop of one round or none: XLA updates the state of a loop in place, where a branch would copy it.
+    """
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(learn, learner)[1:])
+    learner, metrics, trace, _ = jax.lax.while_loop(
+        lambda carry: carry[3], lambda carry: (*learn(carry[0]), jnp.zeros((), bool)), (learner, *nothing, good)
+    )
+    return learner, metrics, trace
+
+
+def greedy_verdict(total: Any, rollout: Rollout, group: int) -> Greedy:
+    """Of totals [g] of a greedy rollout, for groups of that many rows; numpy or jax arrays."""
+    lengths = rollout.tokens.mask.sum(1).astype("int32")
+    return Greedy(total=total.repeat(group), lengths=lengths.repeat(group), finished=rollout.finished.repeat(group))
 
 
 def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tuple[Judged, Moments]:
-    """Scores as the method sees them: overlong penalty, normalisation, clipping, then what a missing end costs."""
-    applies = ~jnp.isnan(verdict.total)
-    scores = jnp.where(applies, verdict.total, 0.0)
-    scale = jnp.ones(())
-    if run.overlong_buffer is not None:
-        lengths = rollout.tokens.mask.sum(1)
-        scores += shaping.overlong_penalty(lengths, max_length=run.max_completion, buffer=run.overlong_buffer)
+    """Scores as the method sees them: overlong penalty, normalisation, clipping, then what a missing end costs. A
+    greedy completion's score goes the same way, and a row applies only where it can be compared.
+    """
+    applies, greedy = ~jnp.isnan(verdict.total), verdict.greedy
+    if greedy is not None:
+        applies &= ~jnp.isnan(greedy.total)
+    scores = _shortened(run, jnp.where(applies, verdict.total, 0.0), rollout.tokens.mask.sum(1))
     if run.normalize_running:
         moments = shaping.update_moments(moments, scores, applies)
-        scores = shaping.running_normalize(scores, moments)
-        scale = shaping.running_normalize(jnp.ones(1), moments)[0]
-    elif run.normalize_reference:
-        mean, std = moments.mean, jnp.sqrt(moments.variance())
-        scores, scale = shaping.standardize(scores, mean=mean, std=std), 1.0 / std
+    alone, scale = None, (_scaled(run, moments, jnp.ones(1)) - _scaled(run, moments, jnp.zeros(1)))[0]
+    if greedy is not None:
+        alone = _scaled(run, moments, _shortened(run, greedy.total, greedy.lengths))
+        alone = jnp.where(applies, _limited(run, alone, greedy.finished), 0.0)
+    judged = Judged(
+        scores=jnp.where(applies, _limited(run, _scaled(run, moments, scores), rollout.finished), 0.0),
+        applies=applies,
+        per_token=None if verdict.per_token is None else verdict.per_token * scale,
+        greedy=alone,
+    )
+    return judged, moments
+
+
+def _shortened(run: Any, scores: Array, lengths: Array) -> Array:
+    if run.overlong_buffer is None:
+        return scores
+    return scores + shaping.overlong_penalty(lengths, max_length=run.max_completion, buffer=run.overlong_buffer)
+
+
+def _scaled(run: Any, moments: Moments, scores: Array) -> Array:
+    if run.normalize_running:
+        return shaping.running_normalize(scores, moments)
+    if run.normalize_reference:
+        return shaping.standardize(scores, mean=moments.mean, std=jnp.sqrt(moments.variance()))
+    return scores
+
+
+def _limited(run: Any, scores: Array, finished: Array) -> Array:
     if run.score_clip is not None:
         scores = shaping.clip_scores(scores, low=-run.score_clip, high=run.score_clip)
     if run.missing_eos_score is not None:
-        scores = shaping.replace_unfinished(scores, rollout.finished, value=run.missing_eos_score)
+        scores = shaping.replace_unfinished(scores, finished, value=run.missing_eos_score)
     if run.missing_eos_penalty is not None:
-        scores = shaping.penalize_unfinished(scores, rollout.finished, penalty=run.missing_eos_penalty)
-    per_token = None if verdict.per_token is None else verdict.per_token * scale
-    scores = jnp.where(applies, scores, 0.0)
-    return Judged(scores=scores, applies=applies, per_token=per_token, greedy=verdict.greedy), moments
+        scores = shaping.penalize_unfinished(scores, finished, penalty=run.missing_eos_penalty)
+    return scores
+
+
+def completion_metrics(rollout: Rollout) -> Metrics:
+    """Of all completions that there are, those that no reward applies to among them."""
+    lengths, rows = rollout.tokens.mask.sum(1), jnp.any(rollout.tokens.segments > 0, axis=1)
+    return {
+        "completions/mean_length": ops.masked_mean(lengths, rows),
+        "completions/clipped_ratio": share(~rollout.finished, rows),
+    }
 
 
 def reward_metrics(verdict: Verdict) -> Metrics:

@@ -294,14 +294,10 @@ def _compare(run: Any, names: Any, rewards: Array, judged: Judged) -> Array:
 
 def _rollout_metrics(rollout: Rollout, notes: Notes, judged: Judged, run: Any) -> Metrics:
     """The familiar names; see metrics.py for what each means."""
-    mask, real = rollout.tokens.mask, judged.applies
-    lengths, old = mask.sum(1).astype(jnp.float32), old_logps(rollout, notes)
-    rows = jnp.any(rollout.tokens.segments > 0, axis=1)
+    mask, real, old = rollout.tokens.mask, judged.applies, old_logps(rollout, notes)
     found = {
         "objective/scores": ops.masked_mean(judged.scores, real),
         "objective/entropy": ops.masked_mean(-ops.sequence_sum(old, mask), real),
-        "completions/mean_length": ops.masked_mean(lengths, rows),
-        "completions/clipped_ratio": share(~rollout.finished, rows),
     }
     if notes.ref_logps is not None:
         found["objective/kl"] = ops.masked_mean(ops.sequence_sum(old - notes.ref_logps, mask), real)
@@ -309,9 +305,9 @@ def _rollout_metrics(rollout: Rollout, notes: Notes, judged: Judged, run: Any) -
         moved = jnp.where(mask, notes.logps - rollout.logps, 0.0)
         found["sampling/logp_difference"] = ops.masked_mean(jnp.abs(moved), mask)
     if run.group > 1:
-        groups = judged.scores.reshape(-1, run.group)
-        same = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
-        found["frac_reward_zero_std"] = share(same)
+        groups, applies = (x.reshape(-1, run.group) for x in (judged.scores, real))
+        high, low = jnp.where(applies, groups, -jnp.inf).max(1), jnp.where(applies, groups, jnp.inf).min(1)
+        found["frac_reward_zero_std"] = share(high <= low)
     return found
 
 

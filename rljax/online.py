@@ -13,6 +13,7 @@ the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -104,8 +105,9 @@ def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
             _tracker(experiment, folder, checkpoints.latest()) as tracker,
         ):
             setup = set_up(experiment, mesh, folder, tracker, stop)
-            state, progress = _begin(experiment, setup, checkpoints, tracker)
-            _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
+            with contextlib.suppress(judges.Leaving):  # before anything was learned: there is nothing to save
+                state, progress = _begin(experiment, setup, checkpoints, tracker)
+                _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
     if stop.requested is not None:
         return 128 + signal.Signals[stop.requested].value
     if jax.process_index() == 0:
@@ -224,7 +226,8 @@ def _compile(
         shaped = jax.tree.map(lambda x: x.sharding, notes)
         found["annotate"] = jax.jit(parts.annotate, out_shardings=shaped).lower(params, base, rollout).compile()
         verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
-        learn = jax.jit(parts.learn, donate_argnums=0, **out)
+        # With a lag rewards are awaited after the update: if they fail, it has to be as if it had not been made.
+        learn = jax.jit(parts.learn, donate_argnums=() if run.lag else 0, **out)
         found["learn"] = learn.lower(learner, rollout, notes, verdict, text, key).compile()
     return found
 
@@ -262,8 +265,10 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         )
         state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
         tracker.status(f"resumed at step {latest}")
-        queue = jax.tree.map(np.asarray, state.get("queue"))
-        return State(state["learner"], queue), Progress(**progress)
+        queue, progress = jax.tree.map(np.asarray, state.get("queue")), Progress(**progress)
+        if progress.owed:
+            tracker.take_back(latest)
+        return State(state["learner"], queue), progress
     learner = setup.learner
     if run.checks and not selfchecks.report(_checks(run, setup, tracker), tracker.status):
         raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
@@ -299,35 +304,36 @@ def _loop(
         tracker.flush()
         checkpoints.save(step, _saved(setup, state), progress._asdict(), measured)
 
-    watched: tuple[int, Trace] | None = None
     at = run.steps if progress.done else int(state.learner.iterations)
-    while at < run.steps:
+    while at < run.steps or progress.owed:
+        written, measured = None, None
         try:
-            state, progress, metrics, trace = _advance(run, setup, state, progress, at)
-            at += 1
-            collect.check_on_device(setup.sampler, watched)  # of the iteration before: the device need not wait
-            watched = (at, trace)
-            tracker.log(at, {**metrics, "learning_rate": _rate(setup, state)}, tokens=_tokens(trace))
-            due, leaving, measured = at % run.eval_every == 0 or at == run.steps, stop.agreed(at) is not None, None
-            if due:
+            if not progress.owed:
+                state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
+                collect.check_on_device(setup.sampler, trace)
+                at, progress = at + 1, advanced
+                tracker.log(at, {**metrics, "learning_rate": _rate(setup, state)}, tokens=_tokens(trace))
+                if at % run.eval_every == 0 or at == run.steps:
+                    tracker.evidence(at, _evidence(run, setup, state.learner, trace))
+                    progress = progress._replace(owed=True)
+            if progress.owed:
                 written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
-                progress, measured = evaluation.log(run, written, progress, tracker, at)
+                progress, measured = evaluation.log(run, written, progress._replace(owed=False), tracker, at)
         except judges.Leaving:
-            return save(at)
+            save(at)
+            return
         except rewards.RewardError:
             save(at)
             raise
         done = at == run.steps or progress.waited >= (run.patience or np.inf)
         progress = progress._replace(done=done)
-        if due:
-            tracker.evidence(at, _evidence(run, setup, state.learner, trace))
+        if written is not None:
             evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
-        better = due and run.best is not None and progress.waited == 0
+        better, leaving = measured is not None and progress.waited == 0, stop.agreed(at) is not None
         if done or leaving or better or at % run.save_every == 0:
             save(at, measured)
         if done or leaving:
-            break
-    return collect.check_on_device(setup.sampler, watched)
+            return
 
 
 def _rate(setup: Setup, state: State) -> Mean:

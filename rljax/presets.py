@@ -3,7 +3,8 @@
     experiment = presets.grpo(model=..., data=..., reward=..., steps=200)
 
 A preset is `functools.partial` of a kind of run; what it sets can be set again. Batch sizes, lengths and numbers of
-steps are the model's and the machine's business and are left at the defaults of the run.
+steps are the model's and the machine's business and are left at the defaults of the run. Settings marked with a dagger
+(†) could not be checked against the paper's text or code; read there before you cite them.
 """
 
 import functools
@@ -38,8 +39,8 @@ ppo_ziegler2019 = functools.partial(
     missing_eos_score=-1.0,
 )
 
-# Stiennon et al. 2020 (arXiv:2009.01325, appendix B): β = 0.05 fixed, γ = 1, λ = 0.95, 4 epochs, the critic starts from
-# the reward model (give its folder as `critic`), whose scores have mean 0 on reference summaries.
+# Stiennon et al. 2020 (arXiv:2009.01325)†: β = 0.05 fixed, γ = 1, λ = 0.95, 4 epochs, the critic starts from the
+# reward model (give its folder as `critic`), whose scores have mean 0 on reference summaries.
 ppo_stiennon2020 = functools.partial(
     PPO,
     optimizer=functools.partial(train.tf1_adam, eps=1e-5),
@@ -56,8 +57,9 @@ ppo_stiennon2020 = functools.partial(
     whiten_ddof=0,
 )
 
-# InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, appendix C.4): β = 0.02, one inner epoch over 8 minibatches (512 in
-# 64s), clip 0.2, γ = 1 (no discount), weights averaged with decay 0.992; with `pretrain_data`, PPO-ptx with γ = 27.8.
+# InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): β = 0.02, weights averaged with decay 0.992, and with
+# `pretrain_data` PPO-ptx with γ = 27.8; one inner epoch over 8 minibatches (512 in 64s)†, clip 0.2†, no discount†,
+# 9e-6 after a short warm-up†.
 ppo_instructgpt = functools.partial(
     PPO,
     learning_rate=9e-6,
@@ -71,9 +73,9 @@ ppo_instructgpt = functools.partial(
     pretrain_coef=27.8,
 )
 
-# Huang et al. 2024 (arXiv:2403.17031), "The N+ implementation details of RLHF with PPO": AdamW with ε = 1e-5, 3e-6
-# falling linearly, T = 0.7 in sampling and training, β = 0.05, EOS trick −1, advantages whitened and rewards not,
-# critic from the reward model.
+# Huang et al. 2024 (arXiv:2403.17031), "The N+ implementation details of RLHF with PPO"†: AdamW with ε = 1e-5, 3e-6
+# falling linearly, T = 0.7 in sampling and training, β = 0.05, EOS trick −1, advantages whitened and rewards not;
+# give the reward model's folder as `critic`, as they do.
 ppo_huang2024 = functools.partial(
     PPO,
     optimizer=functools.partial(train.adamw, eps=1e-5),
@@ -116,7 +118,7 @@ rloo = functools.partial(
     learning_rate=1e-6,
 )
 
-# Li et al. 2023 (arXiv:2310.10505): the baseline is the reward of the greedy completion; KL in the reward.
+# Li et al. 2023 (arXiv:2310.10505)†: the baseline is the reward of the greedy completion; KL in the reward.
 remax = functools.partial(
     PolicyGradient,
     loss=losses.reinforce_loss,
@@ -127,7 +129,7 @@ remax = functools.partial(
     learning_rate=1e-6,
 )
 
-# Hu et al. 2025 (arXiv:2501.03262): PPO's clip without a critic, token returns with a k1 KL in the reward, advantages
+# Hu et al. 2025 (arXiv:2501.03262)†: PPO's clip without a critic, token returns with a k1 KL in the reward, advantages
 # normalised over the whole batch.
 reinforce_plus_plus = functools.partial(
     PolicyGradient,
@@ -200,7 +202,7 @@ gspo = functools.partial(
 )
 
 # MiniMax-M1 (arXiv:2506.13585): the clipped importance weight multiplies a REINFORCE term, so no token loses its
-# gradient; only the upper side is clipped (the paper tunes it; 4 here), a mean over all tokens, no KL.
+# gradient; only the upper side is clipped (the paper tunes it; ratios up to 5 here†), a mean over all tokens, no KL.
 cispo = functools.partial(
     PolicyGradient,
     loss=functools.partial(losses.cispo_loss, clip_low=1.0, clip_high=4.0),

@@ -168,6 +168,7 @@ class Progress(NamedTuple):
     waited: int = 0  # evaluations since it was found
     done: bool = False
     draws: int = 0  # batches of prompts drawn so far (online)
+    owed: bool = False  # the evaluation of this step is still to come (online): it was cut short
 
 
 def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tuple[Progress, dict[str, float] | None]:

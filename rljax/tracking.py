@@ -70,6 +70,7 @@ class Tracker:
         self._writes = jax.process_index() == 0
         self._clock, self._start = clock, clock()
         self._pending: tuple[int, dict[str, Any], Any] | None = None
+        self._taken: int | None = None  # where a record that was taken back begins in metrics.jsonl
         self._last_step = -1 if resumed is None else resumed
         self._mark: float | None = None  # when the step before was finished; None while that is not known
         self._paused = 0.0
@@ -115,6 +116,18 @@ class Tracker:
                 if isinstance(leaf, jax.Array):
                     leaf.copy_to_host_async()
         self._pending = (step, before | named, tokens if counted is None else counted + (tokens or 0))
+
+    def take_back(self, step: int) -> None:
+        """Go on with the record of `step`, the last one: what is logged of that step yet becomes a part of it."""
+        self._last_step = step - 1
+        if not self._writes:
+            return
+        records = [(row, end) for row, end in _rows(self.folder / "metrics.jsonl") if row["step"] <= step]
+        if records and records[-1][0]["step"] == step:
+            before = {name: math.nan if value is None else value for name, value in records[-1][0].items()}
+            before.pop("step")
+            self._pending = (step, before, None)
+            self._taken = records[-2][1] if len(records) > 1 else 0
 
     def flush(self) -> None:
         """Wait for the last step's metrics and bring everything to the disk; call it before saving a checkpoint."""
@@ -174,6 +187,9 @@ class Tracker:
         if not self._writes:
             return
         found = values(metrics)
+        if self._taken is not None:
+            os.truncate(self.folder / "metrics.jsonl", self._taken)
+            self._taken = None
         timing = self._timing(None if tokens is None else int(tokens))
         self._files["metrics.jsonl"].write(to_json({"step": step, **found}) + "\n")
         self._files["timing.jsonl"].write(to_json({"step": step, **timing}) + "\n")

@@ -1,17 +1,23 @@
 """The sampler: greedy equals the uncached model, its log-probabilities equal the trainer's, rows stand alone."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import logprobs, sampling
-from rljax.types import Tokens
+from rljax import logprobs, ops, sampling, sharding
+from rljax.filters import Sampling, filter_logits
+from rljax.models import RULES, build
+from rljax.types import Rollout, Tokens
 from tests import tiny
 
 GENERATE = functools.partial(sampling.generate, tiny.model(), max_new_tokens=6)
+STOPS = (3, 7, 11, 12, 13, 14, 15, 16, 17)  # so many that random rows end early
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}  # given as numbers: one compilation for all values
 
 
 def prompts(rows: int = 4, width: int = 5, *, side: str = "left") -> Tokens:
@@ -24,6 +30,13 @@ def prompts(rows: int = 4, width: int = 5, *, side: str = "left") -> Tokens:
     return Tokens(
         ids=jnp.asarray(ids), segments=jnp.asarray(real.astype(np.int32)), mask=jnp.zeros((rows, width), bool)
     )
+
+
+def assert_same(got: Rollout, expected: Rollout) -> None:
+    """The same tokens, exactly, with the same log-probabilities."""
+    jax.tree.map(np.testing.assert_array_equal, got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.finished, expected.finished)
+    np.testing.assert_allclose(got.logps, expected.logps, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -41,25 +54,111 @@ def test_greedy_equals_the_uncached_model(side):
     assert int(tokens.mask.sum()) == 24
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_are_those_that_the_trainer_computes(temperature):
-    """TRAPS 20, 22: also at T ≠ 1; left-padded so that the trained tokens follow their predecessors."""
-    rollout = GENERATE(tiny.params(), prompts(), jax.random.key(1), temperature=temperature)
-    trained = logprobs.token_logps(tiny.model(), tiny.params(), rollout.tokens, temperature=temperature)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=0.0),
+        Sampling(top_p=0.8),
+        Sampling(min_p=0.2),
+        Sampling(top_k=4),
+        Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.05, min_new_tokens=3, stop_ids=STOPS),
+        Sampling(temperature=0.0, top_k=20, min_new_tokens=3, stop_ids=STOPS),
+    ],
+    ids=lambda s: ",".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items() if v != getattr(Sampling(), k)),
+)
+def test_logps_are_those_of_the_distribution_and_of_the_trainer(settings):
+    """TRAPS 20, 21, 22. The distribution is that of the uncached model, filtered outside of sampler and trainer."""
+    numbers = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
+    rollout = GENERATE(tiny.params(), prompts(8), jax.random.key(1), **NEUTRAL | numbers)
+    tokens = rollout.tokens
+    trained, entropy = logprobs.token_logps_and_entropy(tiny.model(), tiny.params(), tokens, sampling=settings)
     np.testing.assert_allclose(rollout.logps, trained, atol=1e-5)
 
+    hidden = tiny.model().apply(tiny.params(), tokens.ids, tokens.segments).hidden[:, 4:-1]
+    logits = tiny.model().unembed(tiny.params(), hidden)
+    early = (jnp.arange(6) < settings.min_new_tokens)[None, :, None]
+    forbidden = early & jnp.isin(jnp.arange(61), jnp.asarray(settings.stop_ids))[None, None]
+    cuts = {name: numbers.get(name) for name in ("top_k", "top_p", "min_p")}
+    left = filter_logits(logits, temperature=settings.temperature, forbidden=forbidden, **cuts)
+    mask = tokens.mask[:, 5:]
+    expected = jnp.where(mask, ops.aligned_logps(left, tokens.ids[:, 5:]), 0.0)
+    np.testing.assert_allclose(rollout.logps[:, 5:], expected, atol=1e-5)
+    assert mask[:, :3].all() or not settings.min_new_tokens
+    assert (float(entropy.max()) > 0) == (settings.temperature > 0)
 
-def test_a_row_does_not_depend_on_its_companions():
-    whole = GENERATE(tiny.params(), prompts(), jax.random.key(2))
+
+def test_samples_follow_the_filtered_distribution():
+    """Frequencies of the first of n tokens match the probabilities, and what is cut is never drawn."""
+    settings = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
+    one, n = jax.tree.map(lambda x: x[:1], prompts()), 8000
+    for kwargs in (settings, settings | {"top_k": None, "top_p": 1.0, "temperature": 1.0}):
+        rollout = sampling.generate(
+            tiny.model(), tiny.params(), one, jax.random.key(5), max_new_tokens=1, n=n, min_p=0.0, **kwargs
+        )
+        hidden = tiny.model().apply(tiny.params(), one.ids, one.segments).hidden[:, -1]
+        p = np.asarray(jax.nn.softmax(filter_logits(tiny.model().unembed(tiny.params(), hidden), **kwargs))[0])
+        found = np.bincount(np.asarray(rollout.tokens.ids[:, -1]), minlength=61)
+        assert found[p == 0].sum() == 0
+        likely = p * n > 5  # Pearson's statistic: its mean is the number of classes less one, its variance twice that
+        classes = likely.sum()
+        statistic = np.sum((found - p * n)[likely] ** 2 / (p * n)[likely])
+        assert statistic < classes + 5 * np.sqrt(2 * classes)
+
+
+def test_a_token_is_drawn_by_its_weight_also_in_a_large_vocabulary():
+    """Two levels of sums: across blocks, and never one without weight."""
+    weights = np.zeros(1000, np.float32)
+    weights[[0, 127, 128, 700, 999]] = [1, 2, 3, 0.5, 3.5]
+    logits = jnp.tile(jnp.log(weights)[None], (20000, 1))
+    keys = jax.random.split(jax.random.key(0), 20000)
+    draw = jax.jit(functools.partial(sampling._draw, temperature=1.0, top_k=None, top_p=None, min_p=None))
+    tokens, logps = draw(logits, keys)
+    found = np.bincount(tokens, minlength=1000)
+    assert set(np.flatnonzero(found)) == {0, 127, 128, 700, 999}
+    np.testing.assert_allclose(found / 20000, weights / 10, atol=0.015)
+    np.testing.assert_allclose(logps, np.log(weights[tokens] / 10), atol=1e-5)
+    assert draw(logits.at[:, 5].set(jnp.nan), keys)[1].isnan().all()  # a broken model is not hidden
+
+
+def test_n_samples_are_n_rows_of_repeated_prompts():
+    many = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts())
+    kwargs = {"stop_ids": STOPS, **NEUTRAL}
+    assert_same(
+        GENERATE(tiny.params(), prompts(), jax.random.key(2), n=3, **kwargs),
+        GENERATE(tiny.params(), many, jax.random.key(2), **kwargs),
+    )
+
+
+def test_a_prompt_is_read_once_for_all_its_samples():
+    """The matrix products of the prompts have as many rows as there are prompts, not samples."""
+    jaxpr = str(jax.make_jaxpr(functools.partial(GENERATE, n=7))(tiny.params(), prompts(), jax.random.key(0)))
+    assert "f32[4,5,24]" in jaxpr  # the feed-forward of 4 prompts of 5 tokens
+    assert "f32[28,1,24]" in jaxpr
+    assert "f32[28,5,24]" not in jaxpr
+
+
+def test_a_row_depends_neither_on_companions_nor_on_its_place():
+    whole = GENERATE(tiny.params(), prompts(), jax.random.key(2), **NEUTRAL)
     empty = jax.tree.map(lambda x: x.at[1:].set(jnp.zeros((), x.dtype)), prompts())
-    alone = GENERATE(tiny.params(), empty, jax.random.key(2))
+    alone = GENERATE(tiny.params(), empty, jax.random.key(2), **NEUTRAL)
     np.testing.assert_array_equal(whole.tokens.ids[0], alone.tokens.ids[0])
     assert not alone.tokens.mask[1:].any()
     assert not alone.finished[1:].any()
 
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(2)))(jnp.arange(4))
+    turned = jnp.asarray([2, 0, 3, 1])
+    elsewhere = GENERATE(tiny.params(), jax.tree.map(lambda x: x[turned], prompts()), keys[turned], **NEUTRAL)
+    assert_same(elsewhere, jax.tree.map(lambda x: x[turned], whole))
+    raw = GENERATE(tiny.params(), prompts(), jax.random.key_data(jax.random.key(2)), **NEUTRAL)  # an old-style key
+    assert_same(raw, whole)
+    with pytest.raises(ValueError, match="2 keys for 4 rows"):
+        GENERATE(tiny.params(), prompts(), keys[:2])
+
 
 def test_stop_tokens_end_rows_and_are_trained_once():
-    free = GENERATE(tiny.params(), prompts(), jax.random.key(4))
+    free = GENERATE(tiny.params(), prompts(), jax.random.key(4), **NEUTRAL)
     stops = (int(free.tokens.ids[0, 5]), int(free.tokens.ids[1, 7]))  # row 0 stops at once, row 1 at its third
     rollout = GENERATE(tiny.params(), prompts(), jax.random.key(4), stop_ids=stops)
     new = np.asarray(rollout.tokens.ids)[:, 5:], np.asarray(rollout.tokens.mask)[:, 5:]
@@ -72,36 +171,73 @@ def test_stop_tokens_end_rows_and_are_trained_once():
         if stopped.any():
             assert not mask[np.argmax(stopped) + 1 :].any()
     assert not (np.asarray(rollout.tokens.segments)[:, 5:] > 0)[~new[1]].any()
+    assert not np.asarray(rollout.tokens.ids)[:, 5:][~new[1]].any()
 
 
-def test_one_new_token_and_a_refused_budget():
+def test_one_new_token_and_refused_numbers():
     rollout = sampling.generate(tiny.model(), tiny.params(), prompts(), jax.random.key(0), max_new_tokens=1)
     assert rollout.tokens.ids.shape == (4, 6)
     assert int(rollout.tokens.mask.sum()) == 4
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
-        sampling.generate(tiny.model(), tiny.params(), prompts(), jax.random.key(0), max_new_tokens=0)
+    refused = functools.partial(sampling.generate, tiny.model(), tiny.params(), prompts(), jax.random.key(0))
+    for kwargs, said in (
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"slots": 3, "n": 2}, "slots=3 must be a positive multiple of n=2"),
+        ({"top_k": 0}, "top_k is 0"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refused(**{"max_new_tokens": 1} | kwargs)
 
 
-def test_filters_by_hand():
-    """p = (.5, .3, .15, .05): top-k and top-p keep the likeliest and renormalise; the first to reach top_p is kept."""
-    logits = jnp.log(jnp.asarray([[0.15, 0.5, 0.05, 0.3]]))
-    kept = lambda **kwargs: jax.nn.softmax(sampling.filter_logits(logits, **kwargs))[0].tolist()  # noqa: E731
-    assert kept(top_k=2) == pytest.approx([0, 0.625, 0, 0.375])
-    assert kept(top_p=0.75) == pytest.approx([0, 0.625, 0, 0.375])
-    assert kept(top_p=0.5) == pytest.approx([0, 1, 0, 0])
-    assert kept(top_p=0.0) == pytest.approx([0, 1, 0, 0])
-    assert kept(top_p=1.0) == pytest.approx([0.15, 0.5, 0.05, 0.3])
-    assert kept(temperature=0.5) == pytest.approx(np.square([0.15, 0.5, 0.05, 0.3]) / 0.365)
-    assert kept(temperature=0.0) == pytest.approx([0, 1, 0, 0])
-    assert kept(top_k=100) == pytest.approx([0.15, 0.5, 0.05, 0.3])
+@pytest.mark.parametrize(("n", "slots"), [(1, 2), (2, 8), (1, 5)])
+def test_slots_change_nothing_about_the_rows(n, slots):
+    """13 prompts, among them an empty one, through fewer slots: the tokens of all rows at once, to the last."""
+    many = prompts(13, 7)
+    many = dataclasses.replace(many, segments=many.segments.at[4].set(0))
+    kwargs = {"n": n, "stop_ids": STOPS, "min_new_tokens": 1, "max_new_tokens": 9}
+    plain = GENERATE(tiny.params(), many, jax.random.key(0), **kwargs)
+    lengths = plain.tokens.mask.sum(1)
+    assert len(set(lengths.tolist())) > 4
+    assert int(lengths[4 * n]) == 0
+    assert_same(GENERATE(tiny.params(), many, jax.random.key(0), slots=slots, **kwargs), plain)
 
 
-def test_samples_follow_the_distribution():
-    """Frequencies of the first token over many rows match the model's probabilities."""
-    one = jax.tree.map(lambda x: jnp.repeat(x[:1], 4000, axis=0), prompts())
-    rollout = sampling.generate(tiny.model(), tiny.params(), one, jax.random.key(5), max_new_tokens=1)
-    tokens = jax.tree.map(lambda x: x[:1], prompts())
-    hidden = tiny.model().apply(tiny.params(), tokens.ids, tokens.segments).hidden[:, -1]
-    p = jax.nn.softmax(tiny.model().unembed(tiny.params(), hidden))[0]
-    found = np.bincount(np.asarray(rollout.tokens.ids[:, -1]), minlength=61) / 4000
-    np.testing.assert_allclose(found, p, atol=0.03)
+def test_windows_and_many_ropes_in_slots():
+    """A ring of slots that has wrapped: what a window sees depends on positions, not on where tokens are kept."""
+    model = build(dataclasses.replace(tiny.CONFIG, windows=(3, 0)))
+    generate = functools.partial(sampling.generate, model, tiny.params(), prompts(9), jax.random.key(1))
+    kwargs = {"max_new_tokens": 12, "stop_ids": STOPS}
+    assert_same(generate(slots=2, **kwargs), generate(**kwargs))
+
+
+def test_one_compilation_per_shape():
+    """Neither keys, nor numbers, nor weights, nor where the padding is compile anew; another width does, once."""
+    sampling.generate.clear_cache()
+    for seed, temperature in enumerate((1.0, 0.5, 0.0)):
+        for width in (5, 6):
+            GENERATE(tiny.params(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
+    assert sampling.generate._cache_size() == 2
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_caches_are_updated_in_place(slots):
+    """The compiled program copies no buffer of keys or values, at a token or otherwise."""
+    compiled = GENERATE.func.lower(
+        tiny.model(), tiny.params(), prompts(), jax.random.key(0), max_new_tokens=6, slots=slots, stop_ids=STOPS
+    ).compile()
+    buffer = rf"f32\[{slots or 4},2,11,4\]"
+    text = compiled.as_text()
+    assert re.search(buffer + r"\S* dynamic-update-slice\(", text)
+    assert not re.search(buffer + r"\S* copy\(", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [None, 4])
+def test_a_mesh_samples_the_same(slots):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    params = jax.device_put(tiny.params(), sharding.shardings(tiny.params(), RULES, mesh))
+    placed = jax.device_put(prompts(8), sharding.batch_shardings(prompts(8), mesh))
+    kwargs = {"stop_ids": STOPS, "top_p": 0.9, "slots": slots, "n": 2}
+    expected = GENERATE(tiny.params(), prompts(8), jax.random.key(3), **kwargs)
+    with jax.set_mesh(mesh):
+        assert_same(jax.device_get(GENERATE(params, placed, jax.random.key(3), **kwargs)), expected)

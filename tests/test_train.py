@@ -203,7 +203,7 @@ def test_epochs_without_minibatches_see_the_whole_batch_each_time():
 
 @pytest.mark.parametrize(("limit", "made"), [(0.0, 1), (0.5, 3), (2.0, 8)])
 def test_target_kl_stops_the_updates_that_are_left(limit, made):
-    """The third update's approxkl is 1: the one that sees it is the last to be made, and the state stays as it left it."""
+    """The third update's approxkl is 1: the one that sees it is the last, and the state stays as it left it."""
     update, state, batch = recorder()
 
     def drifting(state, batch):
@@ -237,7 +237,11 @@ def test_epochs_equal_a_loop_of_updates_on_minibatches_cut_by_hand():
     made = train.epochs_step(train.update_step(ppo_loss(), OPTIMIZER), epochs=epochs, minibatches=minibatches)
     state, metrics = jax.jit(made)(train.init_state(tiny.bigram_params(), OPTIMIZER), batch, KEY)
 
-    update, expected, sums = train.make_update(ppo_loss(), OPTIMIZER), train.init_state(tiny.bigram_params(), OPTIMIZER), []
+    update, expected, sums = (
+        train.make_update(ppo_loss(), OPTIMIZER),
+        train.init_state(tiny.bigram_params(), OPTIMIZER),
+        [],
+    )
     for epoch in range(epochs):
         order = jax.random.permutation(jax.random.fold_in(KEY, epoch), 8)
         for rows in np.asarray(order).reshape(minibatches, 4):
@@ -294,9 +298,7 @@ def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
     assert values(metrics)["loss/pretrain_avg"] == pytest.approx(float(text_loss), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "aggregate", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"]
-)
+@pytest.mark.parametrize("aggregate", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"])
 def test_duplicating_rollouts_changes_nothing(aggregate):
     """In any aggregation, beside pretraining text (TRAPS 5)."""
     loss_fn = ppo_loss(aggregate=aggregate, length=9, pretrain=(tiny.bigram(), 3.0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from rljax import models
 from rljax.logprobs import token_logps
-from rljax.types import LanguageModel, Output, PolicyBatch, PreferenceBatch, Tokens
+from rljax.types import LanguageModel, Output, PolicyBatch, PreferenceBatch, Rollout, Tokens
 
 CONFIG = models.ModelConfig(
     vocab_size=61,
@@ -61,7 +61,7 @@ def pairs(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int, .
 
 @functools.cache
 def bigram() -> LanguageModel:
-    """A table of logits [v v], the next token given the last: compiles at once, for tests that ask nothing of attention.
+    """A table of logits [v v], the next token given the last. Compiles at once: for tests that need no attention.
 
     Params: {"table": f32[v v]}; hidden states are rows of the table.
     """
@@ -90,3 +90,18 @@ def rollouts(rows: int = 8, length: int = 12, seed: int = 0, *, empty: tuple[int
     return PolicyBatch(
         tokens=some, old_logps=token_logps(bigram(), bigram_params(), some) + moved, advantages=advantages
     )
+
+
+def rollout(lengths=(6, 1, 3, 6, 0, 4), prompts=(4, 1, 2, 3, 0, 4), *, budget: int = 6, seed: int = 0) -> Rollout:
+    """Completions of these many tokens after prompts of these many, left-padded to 4, as `sampling.generate` gives
+    them. A row that has not used its budget ended by itself; one without a prompt is empty.
+    """
+    rng = np.random.default_rng(seed + 300)
+    rows, width = len(lengths), max(prompts)
+    ids = rng.integers(0, CONFIG.vocab_size, (rows, width + budget)).astype(np.int32)
+    column, new, before = np.arange(width + budget)[None], np.asarray(lengths)[:, None], np.asarray(prompts)[:, None]
+    mask = (column >= width) & (column < width + new)
+    segments = (mask | ((column < width) & (column >= width - before))).astype(np.int32)
+    logps = np.where(mask, rng.normal(-2, 0.7, ids.shape), 0).astype(np.float32)
+    some = Tokens(ids=jnp.asarray(ids), segments=jnp.asarray(segments), mask=jnp.asarray(mask))
+    return Rollout(tokens=some, logps=jnp.asarray(logps), finished=jnp.asarray((new[:, 0] < budget) & (new[:, 0] > 0)))

@@ -1,7 +1,7 @@
 """Environments: what a policy acts in, for one turn or several, and games of policies against each other.
 
 episodes = environments.play(
-    policy, environments.number_guessing(high=9, chat=True), rows, key, max_new_tokens=8, max_prompt=64, max_length=192, n=4
+    policy, environments.number_guessing(high=9), rows, key, max_new_tokens=8, max_prompt=64, max_length=192, n=4
 )
 episodes.rollout, episodes.rewards                                       # f32[b t] beside it: one reward an action
 """

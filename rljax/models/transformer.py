@@ -21,7 +21,7 @@ from jax import Array
 from rljax.models.attention import attend, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
-from rljax.models.product import product
+from rljax.models.product import RESULT, product
 from rljax.models.rope import rotate, tables
 from rljax.sharding import ROWS, constrain
 from rljax.types import LanguageModel, Output, Params
@@ -32,7 +32,7 @@ ACTIVATIONS = {
     "gelu_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+REMAT = {"dots": jax.checkpoint_policies.save_only_these_names(RESULT), "full": None}
 INIT_STD = 0.02
 
 

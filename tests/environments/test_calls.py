@@ -11,15 +11,17 @@ from rljax.environments.calls import Failure, call_all
 
 
 def test_results_keep_their_order():
-    order = []
+    order, events = [], [threading.Event() for _ in range(4)]
+    events[3].set()
 
-    def late(i):
-        time.sleep(0.02 * (3 - i))
+    def late(i):  # each waits for the next, so they must run at the same time
+        assert events[i + 1].wait(30)
         order.append(i)
+        events[i].set()
         return i * i
 
     assert call_all([lambda i=i: late(i) for i in range(3)]) == [0, 1, 4]
-    assert order == [2, 1, 0]  # they ran at the same time
+    assert order == [2, 1, 0]
     assert call_all([]) == []
 
 

@@ -277,6 +277,8 @@ def test_guesses_of_anything_in_order():
     assert [turn.observation for turn in turns] == [" what? ", " later ", " earlier "]
     _, (turn,) = through(environment, {"secret": "C."}, " C.")
     assert turn.done
+    state, _ = environments.guessing(["C", "C."], "Say:", **words).reset({"secret": "C."}, 0)
+    assert environments.guessing(["C", "C."], "Say:", **words).step(state, "C.", NO_IDS)[1].done
     for choices in ([], ["A", "A"]):
         with pytest.raises(ValueError, match="different choices"):
             environments.guessing(choices, "Say:", **words)

@@ -86,6 +86,9 @@ def test_the_last_turn_and_the_budget_end_episodes_unfinished():
     assert episodes.turns.tolist() == [2, 3, 2]  # the others have 8 − 3 − 2 − 2 = 1, not enough to read 2 more
     assert episodes.rollout.tokens.ids[0].tolist() == [0, 20, 21, 1, 2, 3, 4, 13, 11, 5, 4, 0]
     assert episodes.failures == [None] * 3
+    episodes = played(counting(observe, [1.0] * 9, done_after=None), max_length=11)  # reading would fill row 1
+    assert episodes.turns.tolist() == [2, 2, 2]
+    assert episodes.rollout.tokens.ids[1].tolist() == [0, 0, 30, 5, 4, 13, 11, 5, 4, 0, 0]
 
 
 def test_episodes_of_different_length():

@@ -130,6 +130,11 @@ def test_without_agreement_there_is_nothing():
     assert rounds[3] == Round((None, None), (0.0, 0.0), done=True)
 
 
+def test_claims_may_take_all_there_is():
+    _, rounds = moves(split_coins(coins=10, shared=0.5), "7", "3")
+    assert rounds[1] == Round((None, None), (0.7, 0.3), 0.5, done=True)
+
+
 def test_a_withdrawn_claim_is_not_paid():
     _, rounds = moves(split_coins(), "5", "9", "what?", "5")
     assert not rounds[3].done

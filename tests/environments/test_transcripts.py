@@ -6,6 +6,7 @@ import pytest
 from rljax import data
 from rljax.environments import transcripts
 from rljax.environments.transcripts import Transcript
+from tests.data.conftest import SMOLLM2
 from tests.data.test_chat import BARE, END, LOOSE, MARKED, START, STRIPPED, SYSTEM, THINKING, say, with_template
 
 ROOM = {"max_prompt": 512, "vocab": 1000}
@@ -44,6 +45,16 @@ def test_a_dialogue_is_the_templates_own_tokens(fresh, template, contents):
     assert [piece.logps is not None for piece in now.pieces] == [False, True, False, True, False]
     assert now.pieces[1].ids.tolist() == first
     assert now.pieces[3].ids.tolist() == second
+
+
+def test_a_template_for_a_tokenizer_that_begins_words_with_a_space(plain):
+    """SentencePiece's manner: behind a special token a text gets the space of a beginning, and so does ours."""
+    plain.chat_template = SMOLLM2.replace("<|im_start|>", "<s>").replace("<|im_end|>", "</s>")
+    first = answer(plain, say("hello"), "hi there")
+    assert first[-1] == plain.eos_token_id
+    now = talk(plain, say("hello"), (first, say("what?")))
+    whole = plain.apply_chat_template(say("hello", "hi there", "what?"), add_generation_prompt=True)["input_ids"]
+    assert now.ids.tolist() == whole
 
 
 def test_an_answer_without_its_end_is_closed_by_the_template(chatml):

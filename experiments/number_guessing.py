@@ -1,0 +1,40 @@
+"""A task of several turns: guess the secret letter, told after every guess whether it comes earlier or later."""
+
+from rljax import environments, online
+
+LETTERS = "ACDGJRW"
+TURNS = 3
+
+
+def secrets(policy, key, *, rounds: int = 100) -> list[dict]:
+    """Every letter is the secret of as many rows."""
+    return [{"secret": letter} for letter in LETTERS * rounds]
+
+
+experiment = online.PPO(
+    model="stories260K",
+    data=secrets,
+    environment=environments.guessing(
+        LETTERS, "Guess a letter: ", higher=" later: ", lower=" earlier: ", again=" what? ", max_turns=TURNS
+    ),
+    turn_tokens=1,
+    max_prompt=16,
+    max_completion=32,
+    critic="shared",
+    kl_reward=0.0,
+    entropy_coef=0.02,
+    value_coef=0.5,
+    steps=120,
+    batch=128,
+    epochs=2,
+    minibatches=2,
+    learning_rate=1e-3,
+    eval_rows=70,
+    eval_every=20,
+    save_every=60,
+)
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)
