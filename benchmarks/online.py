@@ -28,7 +28,6 @@ Memory: `compiled_bytes` is what the compiler planned, `alias_bytes` of it the s
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import time
@@ -340,7 +339,7 @@ def figures(options: argparse.Namespace, worker: machine.Worker) -> dict[str, An
 
 def measure(options: argparse.Namespace) -> None:
     """Print one figure, and with `--against trl` TRL's and the ratio of the two."""
-    sizes = dataclasses.asdict(SIZES[options.shape]) if dataclasses.is_dataclass(Sizes) else SIZES[options.shape]._asdict()
+    sizes = SIZES[options.shape]._asdict()
     label = {"shape": options.shape, "figure": options.figure, "sizes": sizes}
     case = ["--shape", options.shape, "--figure", options.figure]
     how = ["--remat", options.remat, "--unroll", str(options.unroll), "--reward", options.reward]

@@ -103,9 +103,7 @@ def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     words = {**{f"w{i}": i for i in range(vocab)}, "<eos>": vocab}
     inner = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", padding_side="left"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>", padding_side="left")
 
 
 def prompts(rows: int, vocab: int) -> torch.Tensor:

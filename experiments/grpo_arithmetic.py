@@ -1,4 +1,9 @@
-"""Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) on one-digit addition."""
+"""Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300) on one-digit addition.
+
+    rljax run experiments/grpo_arithmetic.py
+
+Needs `pip install "rljax[gguf,metrics]"`. Not measured yet.
+"""
 
 import random
 
@@ -50,13 +55,12 @@ experiment = presets.grpo(
     evaluate=accuracy,
     max_prompt=48,
     max_completion=TOKENS,
-    steps=40,
+    steps=30,
     batch=4,
     group=8,
-    kl_loss=0.0,  # the reference's log-probabilities would take a fifth of the time
     learning_rate=5e-5,
-    eval_every=20,
-    save_every=20,
+    eval_every=10,
+    save_every=30,
 )
 
 if __name__ == "__main__":

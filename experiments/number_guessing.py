@@ -1,4 +1,9 @@
-"""A task of several turns: guess the secret letter, told after every guess whether it comes earlier or later."""
+"""A task of several turns: guess the secret letter, told after every guess whether it comes earlier or later.
+
+    rljax run experiments/number_guessing.py --model path/to/a/checkpoint
+
+Not measured yet.
+"""
 
 from rljax import environments, online
 

@@ -3,7 +3,8 @@
 Papers  The policy that maximises E[r] − β KL(π‖π_ref) is π* ∝ π_ref exp(r/β) (Ziegler et al. 2019, arXiv:1909.08593,
         Eq. 2; Rafailov et al. 2023, arXiv:2305.18290, Eq. 4). Presets: PPO, REINFORCE, RLOO (2402.14740), ReMax
         (2310.10505), REINFORCE++ (2501.03262), GRPO (2402.03300), Dr. GRPO (2503.20783).
-Claim   With the KL in the reward all of them end at π*: there r − β log π/π_ref is the same for every completion, so that
+Claim   With the KL in the reward all of them end at π*: there r − β log π/π_ref is the same for every completion, so
+that
         no advantage is left, whatever it is divided by. With the KL in the loss it depends on the estimator:
           k2            the gradient of β KL(π‖π_ref) at each token: π*, if completions have one token. If they have
                         more, how a token changes the KL of those behind it is missing, so that the first one goes to
@@ -11,8 +12,10 @@ Claim   With the KL in the reward all of them end at π*: there r − β log π/
           k3            the gradient of β KL(π_ref‖π): π = β π_ref / (λ − r), λ so that it sums to 1
           k3, r/std     GRPO as published: the same with r/σ in r's place, σ the standard deviation of r under the π
                         that comes out of it (Vojnovic and Yun 2025, arXiv:2502.18548, solve it for two rewards)
-Set-up  A random transformer of one layer writes one token out of 8 after each of 4 prompts, or up to two tokens, 0 being
-        the end; every completion has its own reward, uniform in [−1, 1]; β = 0.5; 4 × `samples` completions in each of
+Set-up  A random transformer of one layer writes one token out of 8 after each of 4 prompts, or up to two tokens, 0
+being
+        the end; every completion has its own reward, uniform in [−1.5, 1.5]; β = 0.5; 4 × `samples` completions in
+        each of
         `steps` iterations, Adam, cosine. Each seed has its own transformer. The answers are computed in numpy from the
         logits of the reference, with nothing of rljax.
 Run     rljax run experiments/policy_bandit.py
@@ -47,7 +50,7 @@ MODEL = models.build(
     )
 )
 # [prompt, first token, second token]; a completion of one token has the second token 0
-TABLE = np.random.default_rng(0).uniform(-1, 1, (PROMPTS, VOCAB, VOCAB)).astype(np.float32)
+TABLE = np.random.default_rng(1).uniform(-1.5, 1.5, (PROMPTS, VOCAB, VOCAB)).astype(np.float32)
 
 
 def prompts() -> Tokens:
@@ -68,7 +71,7 @@ def looked_up(tokens: Tokens) -> Array:
 
 def fit(key: Array, run: online.Sampled, *, steps: int) -> tuple[Array, Array]:
     """Log-probabilities of all completions, [prompt, first, second], before and after training."""
-    params = jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, MODEL.init(jax.random.fold_in(key, 0)))  # with opinions
+    params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, MODEL.init(jax.random.fold_in(key, 0)))  # with opinions
     drawn = filters.Sampling(stop_ids=(END,) if run.max_completion > 1 else ())
     method = make_method(run, params, drawn)
     optimizer = optax.adam(train.cosine(run.learning_rate, steps * run.epochs * run.minibatches))
@@ -109,7 +112,7 @@ def completion_logps(params: Params, tokens: int) -> Array:
     return first + jnp.where((jnp.arange(VOCAB) == END)[:, None], only, second)
 
 
-# --- the answers: reference probabilities and rewards [prompt, first, second] -> probabilities, in float64 --------------
+# --- the answers: reference probabilities and rewards [prompt, first, second] -> probabilities, in float64 ---
 
 
 def tilted(ref: np.ndarray, r: np.ndarray) -> np.ndarray:
@@ -152,7 +155,7 @@ class Case(NamedTuple):
     preset: Callable[..., Any]
     answer: Callable[[np.ndarray, np.ndarray], np.ndarray] = tilted
     tokens: int = 1
-    settings: dict[str, Any] = {"kl_reward": BETA}
+    settings: dict[str, Any] = {"kl_reward": BETA}  # noqa: RUF012
 
 
 def in_loss(estimator: str) -> dict[str, Any]:

@@ -1,5 +1,9 @@
 """PPO from end to end on a model of 260,032 parameters: stories that turn out happy (PPO: Schulman et al. 2017,
 arXiv:1707.06347; the KL penalty in the reward: Ziegler et al. 2019, arXiv:1909.08593).
+
+    rljax run experiments/ppo_tiny.py --model path/to/a/checkpoint
+
+The model is a folder with a checkpoint in Hugging Face's form, stories260K for instance. Not measured yet.
 """
 
 import itertools
@@ -9,14 +13,13 @@ from rljax import online, train
 
 TIMES = ("One day,", "Once upon a time,", "In the morning,", "Every day,", "Last night,", "After lunch,")
 NAMES = ("Lily", "Tom", "Max", "Sara", "Ben", "Mia", "Tim", "Anna", "Sam", "Lucy", "Jack", "Amy")
-DOINGS = ("went to the", "saw a big", "found a", "looked at the", "sat by the", "heard a", "and the dog", "and Mom", "ran to a")
+DOINGS = ("went to the", "saw a big", "found a", "looked at the", "sat by the", "heard a", "and the dog", "ran to a")
 
-
-HAPPY = "happy happily smile smiled laugh laughed fun love loved friend friends play played joy hug hugged kind nice proud"
+HAPPY = "happy happily smile smiled laugh laughed fun love loved friend friends play played joy hug hugged kind nice"
 
 
 def openings(policy, key) -> list[dict]:
-    """Beginnings of stories: 648 of them, of which a tenth is held out."""
+    """Beginnings of stories: 576 of them, of which a tenth is held out."""
     return [{"prompt": " ".join(parts)} for parts in itertools.product(TIMES, NAMES, DOINGS)]
 
 

@@ -2,6 +2,8 @@
 2022, arXiv:2203.02155, figure 2) on sentences about movies.
 
     rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
+
+Needs `pip install "rljax[gguf,metrics]"`. Not measured yet.
 """
 
 import functools

@@ -90,8 +90,8 @@ class Checkpoints:
         """Start to write `state` (a pytree of jax arrays, which may be donated afterwards) as checkpoint `step`.
 
         extra: JSON, handed back by `restore`. metrics: must hold `best_metric`, where one is set; without metrics the
-        step is never the best. Returns False, and writes no arrays, where this very state is already saved as that step;
-        what goes with them (extra, and metrics where there are some) is then brought up to date.
+        step is never the best. Returns False, and writes no array, where this very state is already saved as that
+        step; what goes with it (extra, and metrics where there are some) is then brought up to date.
         """
         self.wait()
         leaves = _flatten(state)

@@ -152,6 +152,22 @@ def test_saving_a_step_twice(tmp_path):
             checkpoints.save(1, {"w": jnp.zeros(3).at[1].set(-0.0)}, {})
 
 
+def test_saving_a_step_twice_keeps_what_was_last_said_of_it(tmp_path):
+    """An evaluation that came late: extra and metrics are those of the second time; metrics are never lost."""
+    ranked = {"keep": 1, "best_metric": "eval/loss", "best_mode": "min"}
+    with Checkpoints(tmp_path, **ranked) as checkpoints:
+        checkpoints.save(1, {"w": jnp.zeros(3)}, {"owed": True})
+        assert checkpoints.best() is None
+        assert not checkpoints.save(1, {"w": jnp.zeros(3)}, {"owed": False}, {"eval/loss": 0.5})
+        assert checkpoints.best() == 1
+        assert not checkpoints.save(1, {"w": jnp.zeros(3)}, {"owed": False, "draws": 2})
+    with Checkpoints(tmp_path, **ranked) as checkpoints:
+        assert checkpoints.extra(1) == {"owed": False, "draws": 2}
+        assert checkpoints.best() == 1
+        restored, _ = checkpoints.restore(1, {"w": jnp.zeros(3)})
+        assert not restored["w"].any()
+
+
 @pytest.mark.parametrize(
     ("like", "message"),
     [

@@ -53,8 +53,16 @@ def test_grpo_arithmetic_takes_two_steps(chatty, tmp_path):
 def test_ppo_sentiment_takes_two_steps(stories, tmp_path):
     records = run("ppo_sentiment", stories, tmp_path)
     assert [record["step"] for record in records] == [0, 1, 2]
-    assert records[0]["eval/kl"] == 0.0
+    assert records[0]["eval/held_out/kl"] == 0.0
     assert records[2]["loss/value_avg"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo_tiny", "number_guessing"])
+def test_tiny_experiments_take_two_steps(name, stories, tmp_path):
+    records = run(name, stories, tmp_path)
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[0]["eval/reward"] is not None
 
 
 def test_held_out_sums_are_held_out():
@@ -103,6 +111,10 @@ def test_the_pipeline_hands_on_what_it_learned_and_is_not_run_twice(stories, sha
     assert (out / "ppo-model" / "config.json").is_file()
     experiment = json.loads((out / "3-ppo" / "experiment.json").read_text())
     assert (experiment["model"], experiment["critic"]) == (str(out / "sft-model"), str(out / "reward-model"))
+    gold = load("rlhf_sentiment").GOLD
+    for row in data.read(out / "data" / "pairs.jsonl"):
+        better, worse = gold([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        assert better > worse
     page = (out / "report.md").read_text()
     assert "gold reward of the policy" in page
     assert (out / "plots" / "the-pipeline.png").is_file()

@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from rljax import cli, tracking
+from rljax import cli, online, tracking
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 TINY = ["--steps", "2", "--batch", "4", "--samples", "2", "--sample_tokens", "4", "--mesh.fsdp", "1"]
@@ -36,5 +36,9 @@ def test_two_steps(name, stories, shared, tmp_path, monkeypatch):
 
 
 def test_every_experiment_with_an_experiment_is_smoked():
-    files = {path.stem for path in EXPERIMENTS.glob("*.py") if "\nexperiment = " in path.read_text()}
-    assert files == set(OPTIONS)
+    texts = {path.stem: path.read_text() for path in EXPERIMENTS.glob("*.py")}
+    offline = {name for name, text in texts.items() if "\nexperiment = offline." in text}
+    others = {name for name, text in texts.items() if "\nexperiment = " in text} - offline
+    smoked = (pathlib.Path(__file__).parent / "test_online_smoke.py").read_text()
+    assert offline == set(OPTIONS)
+    assert all(f'"{name}"' in smoked for name in others), others
