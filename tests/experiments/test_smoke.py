@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from rljax import cli, online, tracking
+from rljax import cli, tracking
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 TINY = ["--steps", "2", "--batch", "4", "--samples", "2", "--sample_tokens", "4", "--mesh.fsdp", "1"]
