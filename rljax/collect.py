@@ -25,6 +25,8 @@ from rljax.prompts import Prompts, prompt_tokens
 from rljax.types import Params, Rollout, Tokens
 from rljax.views import decoder_params
 
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "min_new_tokens")  # settings of a run that `generate` takes
+
 
 class Round(NamedTuple):
     """One batch of rollouts, on its way."""
@@ -108,7 +110,7 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
         max_prompt=source.width,
         max_length=source.width + run.max_completion,
         n=run.group,
-        sampling={k: v for k, v in run.sampling().items() if k != "stop_ids"},
+        sampling={name: getattr(run, name) for name in DRAWN},
         seed=run.seed + number,
         timeout=run.reward_timeout,
         poll=sampler.judges.poll,

@@ -33,7 +33,7 @@ def rows(tmp_path_factory) -> Rows:
 
 
 def write(group, params, asked, key, *, length=LENGTH):
-    """A policy without a model: `length` random letters after each prompt; its log-probabilities tell who wrote them."""
+    """A policy without a model: random letters after each prompt, with log-probabilities that tell who wrote them."""
     before = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), asked)
     new = (len(before.ids), length)
     ids = jax.random.randint(jax.random.fold_in(key, 0), new, 430, 456)
