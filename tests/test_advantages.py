@@ -171,3 +171,28 @@ def test_adaptive_kl_rests_at_its_target_and_steps_by_a_fifth_at_most():
     assert step(600.0) == pytest.approx(0.18)
     assert step(0.0) == pytest.approx(0.12)
     assert step(6.6) == pytest.approx(0.165)
+
+
+def test_greedy_baseline_and_reward_to_go_are_what_their_names_say():
+    """ReMax knows its prompt's greedy score alone; rewards to come are a sum that whitening, not gamma, brings down."""
+    rewards, greedy = RNG.normal(size=(3, 4)).astype(np.float32), RNG.normal(size=3).astype(np.float32)
+    found = advantages.greedy_baseline(rewards, greedy)
+    np.testing.assert_allclose(found, rewards - greedy[:, None], rtol=1e-6)
+    moved = advantages.greedy_baseline(rewards + 7, greedy + 7)
+    np.testing.assert_allclose(moved, found, atol=1e-5)
+    for gamma in (1.0, 0.9, 0.0):
+        expected = np.zeros_like(REWARDS)
+        for row, where in enumerate(MASK):
+            later = 0.0
+            for t in np.flatnonzero(where)[::-1]:
+                later = expected[row, t] = REWARDS[row, t] + gamma * later
+        np.testing.assert_allclose(advantages.reward_to_go(REWARDS, MASK, gamma=gamma), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_kl_with_a_traced_coefficient_and_no_kl():
+    """TRAPS 7: a KL of 0 is a measurement, and a target of 0 is refused."""
+    step = jax.jit(lambda coef, kl: advantages.adaptive_kl(coef, kl, target=6.0, horizon=100, batch_size=10))
+    assert float(step(0.2, 0.0)) == pytest.approx(0.2 * (1 - 0.2 * 0.1))
+    assert float(step(0.0, 12.0)) == 0.0
+    with pytest.raises(ValueError, match="target is 0"):
+        advantages.adaptive_kl(0.2, 1.0, target=0.0, horizon=100, batch_size=10)

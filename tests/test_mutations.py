@@ -223,6 +223,10 @@ TABLE = [
     ),
     *mutations("advantages.leave_one_out", ("(n - 1)", "n"), ("keepdims=True) - rewards", "keepdims=True)")),
     *mutations(
+        "advantages.greedy_baseline", ("- as_float(greedy)", "+ as_float(greedy)"), ("as_float(rewards) -", "-")
+    ),
+    *mutations("advantages.reward_to_go", ("gamma=gamma", "gamma=1.0"), ("gamma: Scalar = 1.0", "gamma: Scalar = 0.5")),
+    *mutations(
         "advantages.adaptive_kl",
         ("- 1.0, -0.2, 0.2", "- 1.0, -0.2, 1.0"),
         ("- 1.0, -0.2, 0.2", "- 1.0, -1.0, 0.2"),

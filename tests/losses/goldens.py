@@ -254,6 +254,26 @@ ADVANTAGES = [
     ),
     # the others' means are 11/3, 10/3, 3, 2
     Golden("advantages.leave_one_out", ([[1.0, 2.0, 3.0, 6.0]],), [[-2.666667, -1.333333, 0.0, 4.0]]),
+    Golden(
+        "advantages.greedy_baseline",
+        ([[1.0, 2.0, 3.0, 6.0], [0.5, 0.5, 0.5, 0.5]], [2.0, -1.0]),
+        [[-1.0, 0.0, 1.0, 4.0], [1.5, 1.5, 1.5, 1.5]],
+        gradient=(0, 1),
+    ),
+    # 1 + 2 + 4, 2 + 4, 4; the second row is 3 + 5, 5 with a tool token between
+    Golden(
+        "advantages.reward_to_go",
+        ([[1.0, 2.0, 4.0, 99.0], [3.0, 99.0, 5.0, 99.0]], [[T, T, T, F], [T, F, T, F]]),
+        [[7.0, 6.0, 4.0, 0.0], [8.0, 0.0, 5.0, 0.0]],
+    ),
+    # 1 + ½ (2 + ½ 4), 2 + ½ 4, 4
+    Golden(
+        "advantages.reward_to_go",
+        ([[1.0, 2.0, 4.0, 99.0]], [[T, T, T, F]]),
+        [[3.0, 4.0, 4.0, 0.0]],
+        {"gamma": 0.5},
+        label="discounted",
+    ),
 ] + [
     # 0.2 (1 + e·0.5), e = 0.1, 0.2, −0.2
     Golden(
