@@ -2,7 +2,12 @@
 
     rljax run experiments/grpo_arithmetic.py
 
-Needs `pip install "rljax[gguf,metrics]"`. Not measured yet.
+Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). Two CPU cores; the time was never measured
+on an idle machine. Share of right answers at temperature 1, before and after 30 steps; sums are held out together with
+their mirror images. One seed so far; well past 0.6 was expected:
+
+    --seed    training sums before    after    held-out sums before    after
+    0         0.16                    0.90     0.10                    0.89
 """
 
 import random

@@ -1,6 +1,6 @@
 """Sixteen seeds of PPO, at two learning rates, in one compiled program: curves with their confidence bands.
 
-A random transformer of 26,000 parameters learns to count: the reward of a completion is the share of its tokens that
+A random transformer of one layer learns to count: the reward of a completion is the share of its tokens that
 are one more than the token before. The reward is a JAX function, so a whole iteration (sample, judge,
 advantages, epochs of
 minibatches) is one pure function, `iteration.build(...).whole`; a run is a `lax.scan` of it, and all runs together are
@@ -33,7 +33,7 @@ MODEL = models.build(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=64,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         num_kv_heads=4,
         head_dim=8,

@@ -95,6 +95,7 @@ class Checkpoints:
         """
         self.wait()
         leaves = _flatten(state)
+        jax.block_until_ready(leaves)  # on many CPU devices, collectives of several programs at once can starve
         record = {
             "format": FORMAT,
             "leaves": {path: _describe(path, leaf) for path, leaf in leaves.items()},

@@ -70,7 +70,7 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
         poll=setup.sampler.judges.poll,
     )
     tokens = episodes.rollout.tokens
-    total = episodes.rewards.sum(1).astype(np.float32)
+    total = np.where([f is None for f in episodes.failures], episodes.rewards.sum(1), np.nan).astype(np.float32)
     asked = policy.decode(now.tokenizer, _prompt_part(tokens))
     parts = {"environment": total}
     lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(episodes.rollout.finished)

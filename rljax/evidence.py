@@ -39,7 +39,10 @@ COLUMNS: dict[str, str] = {
 def rows_of(
     trace: Trace, after: jax.Array | None, tokenizer: Any, count: int, loss: Callable[..., Any] | None
 ) -> list[dict[str, Any]]:
-    """Records of the first `count` rows. after: f32[b t], the log-probabilities of their tokens after the updates."""
+    """Records of the first `count` rows. after: f32[b t], the log-probabilities of their tokens after the updates.
+
+    A row that no reward applies to is shown with its tokens, none of them trained.
+    """
     rollout, verdict, notes, batch = jax.device_get(trace)
     bounds = None if loss is None else clip_bounds(loss)
     found = []
@@ -57,7 +60,8 @@ def rows_of(
                 if bounds is not None:
                     flat = losses.clip_fraction(now[None], old[None], batch.advantages[i][None], **bounds)
                     columns["clipped"] = np.asarray(flat)[0]
-        total = float(verdict.total[i])
+        total, written = float(verdict.total[i]), real & (np.cumsum(mask) > 0)
+        untrained = np.isnan(total) or (verdict.greedy is not None and np.isnan(verdict.greedy.total[i]))
         found.append(
             {
                 "row": i,
@@ -65,9 +69,9 @@ def rows_of(
                 "score": None if np.isnan(total) else total,
                 "rewards": {k: None if np.isnan(v[i]) else float(v[i]) for k, v in verdict.parts.items()},
                 "finished": bool(rollout.finished[i]),
-                "tokens": _pieces(tokenizer, rollout.tokens.ids[i][real & (np.cumsum(mask) > 0)]),
-                "mask": mask[real & (np.cumsum(mask) > 0)].tolist(),
-                **{k: _numbers(v[real & (np.cumsum(mask) > 0)]) for k, v in columns.items()},
+                "tokens": _pieces(tokenizer, rollout.tokens.ids[i][written]),
+                "mask": (mask & (not untrained))[written].tolist(),
+                **{k: _numbers(v[written]) for k, v in columns.items()},
             }
         )
     return found

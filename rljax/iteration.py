@@ -116,8 +116,8 @@ def build(
     ) -> tuple[Learner, Metrics, Trace]:
         judged, moments = shape(run, learner.moments, rollout, verdict)
         found = {**completion_metrics(rollout), **reward_metrics(verdict)}
-        rollout = _untrained_where(rollout, ~judged.applies)
-        batch, metrics = method.batch(rollout, notes, judged, learner.kl_factor)
+        trained = _untrained_where(rollout, ~judged.applies)
+        batch, metrics = method.batch(trained, notes, judged, learner.kl_factor)
         if isinstance(batch, PolicyBatch):
             batch = dataclasses.replace(batch, pretrain=pretrain)
         state, updates = epochs(learner.train, batch, jax.random.fold_in(key, 1))

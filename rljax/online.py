@@ -322,7 +322,7 @@ def _loop(
         except judges.Leaving:
             save(at)
             return
-        except rewards.RewardError:
+        except ValueError:  # a reward that failed, groups without contrast, episodes that all failed
             save(at)
             raise
         done = at == run.steps or progress.waited >= (run.patience or np.inf)
@@ -410,7 +410,8 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
     checks.append(selfchecks.memory(setup.memory))
     with tracker.phase("checking a first rollout"):
         rollout = _first_rollout(run, setup)
-        checks.append(selfchecks.sampled_tokens(rollout, now.tokenizer, now.stop_ids))
+        alone = run.environment is None
+        checks.append(selfchecks.sampled_tokens(rollout, now.tokenizer, now.stop_ids, single_turn=alone))
         checks.append(selfchecks.companions(now, rollout.tokens))
         checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids)))
         start = views.decoder_params(setup.learner.train.params)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -77,7 +78,7 @@ def check_settings(run: Run) -> None:
     for name in positive:
         if getattr(run, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
-    if run.batch % run.microbatches:
+    if not _answered(run) and run.batch % run.microbatches:
         raise ValueError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
     if run.learning_rate < 0:
         raise ValueError(f"learning_rate must not be negative, got {run.learning_rate}")
@@ -93,12 +94,18 @@ def make_mesh(run: Run) -> Mesh:
     """The run's mesh, checked against its batch."""
     mesh = run.mesh()
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if run.batch % (shards * run.microbatches):
+    parts = shards if _answered(run) else shards * run.microbatches
+    if run.batch % parts:
         raise ValueError(
             f"batch={run.batch} in microbatches={run.microbatches} cannot be spread over data×fsdp={shards} devices: "
-            f"make it a multiple of {shards * run.microbatches}, or set --mesh.data, --mesh.fsdp, --mesh.tensor"
+            f"make it a multiple of {parts}, or set --mesh.data, --mesh.fsdp, --mesh.tensor"
         )
     return mesh
+
+
+def _answered(run: Run) -> bool:
+    """Whether the batch is one of prompts, so that its microbatches are of other rows: those of their answers."""
+    return hasattr(run, "group")
 
 
 def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
@@ -203,7 +210,9 @@ def describe(value: Any) -> Any:
         inner = describe(value.func)
         return {**inner, **{k: describe(v) for k, v in value.keywords.items()}}
     if callable(value):
-        return {"function": f"{value.__module__}.{value.__qualname__}"}
+        return {"function": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"}
+    if isinstance(value, jax.Array | np.ndarray):
+        return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, Mapping):
         return {str(k): describe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

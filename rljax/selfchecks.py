@@ -122,8 +122,10 @@ def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) 
     return _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
 
 
-def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]) -> Check:
-    """Exactly what was sampled is trained: the stop token once, nothing after it, no prompt; shown on a decoded row."""
+def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...], *, single_turn: bool = True) -> Check:
+    """Exactly what was sampled is trained: the stop token once, nothing after it (in a single turn), no prompt; shown
+    on a decoded row.
+    """
     ids, segments, mask = (np.asarray(x) for x in jax.tree.leaves(rollout.tokens))
     best = int(np.argmax(np.asarray(rollout.finished)))  # a row that ended, where there is one
     shown = f"the trained tokens of a row, in ⟦ ⟧: {marked(ids[best], segments[best], mask[best], tokenizer)}"
@@ -132,6 +134,12 @@ def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...]) 
         return Check(False, f"padding or the first token of a row is trained, or nothing at all\n{shown}")
     last = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     ends = np.isin(ids[np.arange(len(ids)), last], stop_ids) & mask.any(1)
+    stops = np.isin(ids, stop_ids) & mask
+    if (finished & ~ends).any():
+        count = (finished & ~ends).sum()
+        return Check(False, f"{count} completions ended, and their stop token is not trained\n{shown}")
+    if single_turn and (stops[:, :-1] & mask[:, 1:]).any():
+        return Check(False, f"tokens after a stop token are trained, in a single turn\n{shown}")
     note = "" if finished.any() else "; none ended by itself: max_completion may be short for this policy"
     said = (
         f"{mask.sum()} of {(segments > 0).sum()} tokens are trained; {finished.sum()} of {len(ids)} completions ended"

@@ -164,6 +164,15 @@ def check(run: Sampled) -> None:
         )
     if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
         raise ValueError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
+    if run.kl_target is not None and not run.kl_target > 0:
+        raise ValueError(f"kl_target must be above 0 nats a sequence, got {run.kl_target}; None keeps the KL fixed")
+    if run.overlong_buffer is not None and run.overlong_buffer < 1:
+        raise ValueError(f"overlong_buffer must be 1 token or more, got {run.overlong_buffer}; None leaves it out")
+    if isinstance(run, PPO) and run.pretrain_data and run.pretrain_batch % (run.minibatches * run.microbatches):
+        raise ValueError(
+            f"pretrain_batch={run.pretrain_batch} rows cannot be cut into minibatches={run.minibatches} × "
+            f"microbatches={run.microbatches} equal parts, as the rollouts beside them are: change it"
+        )
     if run.normalize_running and run.normalize_reference:
         raise ValueError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
     if run.environment is not None and getattr(run, "advantage", None) is advantages.greedy_baseline:

@@ -245,8 +245,8 @@ def tf1_adam(
         return jnp.sqrt(1.0 - b2**t) / (1.0 - b1**t)
 
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=zeros, nu=zeros)  # pyright: ignore
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))  # two buffers: both are donated
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)  # pyright: ignore
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

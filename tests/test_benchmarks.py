@@ -47,3 +47,45 @@ def test_flops_of_a_step_count_only_what_is_needed(monkeypatch):
     head = 2 * 2 * 64 * 256 * 1024
     assert offline.flops_of_step(shape, "dpo", 1) - offline.flops_of_step(shape, "rm", 1) == 3 * head
     assert offline.flops_of_step(shape, "dpo+ref", 1) == pytest.approx(4 / 3 * offline.flops_of_step(shape, "dpo", 1))
+
+
+@pytest.mark.slow
+def test_online_prints_one_figure_each():
+    command = [sys.executable, FOLDER / "online.py", "--shape", "toy", "--rounds", "2", "--warm-up", "1"]
+    env = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=True)
+    figures = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [figure["figure"] for figure in figures] == ["generate", "ppo-update", "ppo-iteration", "grpo-iteration"]
+    for figure in figures:
+        assert figure["rounds"] == 2
+        assert figure["seconds"] >= figure["seconds_best"] > 0
+        assert 0 < figure["roofline_fraction"] < 1.5
+        assert figure["peak_rss_bytes"] > figure["compiled_bytes"] > 0
+    update, ppo, grpo = (figure["alias_bytes"] for figure in figures[1:])
+    assert update == ppo > 1.9 * grpo  # the whole state is updated in place: policy and critic, or the policy alone
+    layers, head = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32), 64 * 16
+    assert grpo > 3 * 4 * (layers + head)  # weights and two moments
+
+
+def test_least_seconds_of_a_step_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import online
+
+    shape, sizes = online.SHAPES["tiny"], online.SIZES["tiny"]
+    layers, head = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768), 256 * 1024
+    assert online.weights(shape) == (layers, head)
+    forward = 2 * 16 * 128 * layers
+    update = 3 * (2 * forward + 2 * 16 * 64 * head)  # policy and critic; only the policy has logits
+    assert online.least_seconds(shape, "ppo-update", sizes, 1.0, 1.0) == pytest.approx(update)
+
+    cache = 2 * 6 * 4 * 32 * 16 * (64 + 32)  # numbers of keys and values in slots filled on average
+    prefill = 2 * 16 * (64 * layers + head)
+    slow_memory = online.least_seconds(shape, "generate", sizes, 1e30, 1.0)
+    assert slow_memory == pytest.approx(63 * 4 * (layers + head + cache))
+    fast_memory = online.least_seconds(shape, "generate", sizes, 1.0, 1e30)
+    assert fast_memory == pytest.approx(63 * 2 * 16 * (layers + head) + prefill)
+
+    grpo = online.least_seconds(shape, "grpo-iteration", sizes, 1.0, 1e30)
+    shared_prompts = 2 * 4 * (64 * layers + head)  # a group's prompt is read once
+    learn = 4 * (forward + 2 * 16 * 64 * head)  # reference forward, policy forward and backward
+    assert grpo == pytest.approx(63 * 2 * 16 * (layers + head) + shared_prompts + learn)

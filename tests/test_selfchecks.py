@@ -1,5 +1,6 @@
 """A self-check that cannot fail is worth nothing: each one is shown something broken."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import losses, selfchecks
+from rljax import losses, selfchecks, views
+from rljax.filters import Sampling
 from rljax.policy import Policy
 from rljax.sampling import generate
-from rljax.types import Mean, Output, PreferenceBatch, Tokens
+from rljax.types import Mean, Output, PreferenceBatch, Rollout, Tokens
 from tests import tiny
 from tests.test_sampling import prompts
 
@@ -100,3 +102,73 @@ def test_memory(needed, passed):
     assert check.passed is passed
     assert selfchecks.memory(None).passed
     assert passed or "microbatches" in check.said
+
+
+# --- of online runs ---------------------------------------------------------------------------------------------------
+
+
+def written(ids, mask, finished) -> Rollout:
+    """One row: two prompt tokens, then what was written."""
+    tokens = rows([3, 4, *ids], [1, 1, *(1 if m is not None else 0 for m in mask)], [0, 0, *(m or 0 for m in mask)])
+    return Rollout(tokens=tokens, logps=np.zeros((1, 2 + len(ids))), finished=np.array([finished]))
+
+
+def test_sampled_tokens_are_shown_and_judged():
+    """The stop token (2) is trained once where a completion ended, nothing after it, no prompt (TRAPS 16)."""
+    check = functools.partial(selfchecks.sampled_tokens, tokenizer=Letters(), stop_ids=(2,))
+    good = check(written([5, 2, 0], [1, 1, None], True))
+    assert good.passed
+    assert "de⟦fc⟧" in good.said
+    assert "1 of 1 completions ended, 1 of them in a trained stop token" in good.said
+    assert check(written([2, 0, 0], [1, None, None], True)).passed  # an immediate end
+    cut = check(written([5, 6, 7], [1, 1, 1], False))
+    assert cut.passed
+    assert "max_completion may be short" in cut.said
+    for broken in (
+        written([5, 2, 0], [1, 0, None], True),  # the stop token is not trained
+        written([5, 2, 9], [1, 1, 1], True),  # something after it is
+        written([2, 9, 9], [1, 1, 1], False),
+        written([5, 6, 7], [0, 0, 0], False),  # nothing is
+    ):
+        assert not check(broken).passed
+    padding = written([5, 2, 0], [1, 1, None], True)
+    assert not check(
+        dataclasses.replace(padding, tokens=rows([3, 4, 5, 2, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 1]))
+    ).passed
+    turns = written([5, 2, 5, 2], [1, 1, 1, 1], True)  # an environment that said nothing between two actions
+    assert not check(turns).passed
+    assert check(turns, single_turn=False).passed
+
+
+def test_sampler_finds_filters_that_the_trainer_does_not_know():
+    """TRAPS 21: log-probabilities of what top-k left are recomputed under the same top-k, or do not agree."""
+    sharp = policy()._replace(params=jax.tree.map(lambda x: x * 2, tiny.params()))
+    settings = {"temperature": 0.7, "top_k": 5}
+    rollout = generate(sharp.model, sharp.params, prompts(), jax.random.key(0), max_new_tokens=6, **settings)
+    assert selfchecks.sampler(sharp, rollout, Sampling(**settings)).passed
+    assert not selfchecks.sampler(sharp, rollout, Sampling(temperature=0.7)).passed
+    assert not selfchecks.sampler(sharp, rollout).passed
+
+
+def test_same_policy_finds_the_smallest_difference():
+    """Exactly 0 and exactly 1, or the run stops: one weight that differs in its last bits is enough (TRAPS 24)."""
+    look = jax.jit(
+        lambda params, tokens: views.of_policy(tiny.model(), sampling=Sampling(temperature=0.7))(params, tokens).logps
+    )
+    rollout = Rollout(tokens=tiny.tokens(), logps=jnp.zeros((8, 12)), finished=jnp.zeros(8, bool))
+    same = selfchecks.same_policy(look, tiny.params(), tiny.params(), rollout)
+    assert same.passed
+    assert "KL of a first rollout 0, ratios 1 to 1" in same.said
+    nearly = jax.tree.map(lambda x: x * (1 + 1e-5), tiny.params())
+    other = selfchecks.same_policy(look, tiny.params(), nearly, rollout)
+    assert not other.passed
+    assert "the weights of policy and reference differ" in other.said
+
+
+def test_why_a_surrogate_is_zero_is_said():
+    class Run:
+        whiten_advantages, group = True, 1
+
+    assert "near 0: advantages have mean 0" in selfchecks.first_surrogate(Run).said
+    Run.whiten_advantages = False
+    assert "near −mean(advantage)" in selfchecks.first_surrogate(Run).said

@@ -354,3 +354,13 @@ def test_average_weights_by_hand():
     assert float(average["w"][0]) == 5.0
     assert float(train.average_weights(average, {"w": jnp.zeros(1)}, decay=0.75)["w"][0]) == 3.75
     assert float(train.average_weights(average, new, decay=0.0)["w"][0]) == 8.0
+
+
+def test_every_leaf_of_tf1_adams_state_can_be_donated():
+    """mu and nu have buffers of their own: a donated state must not hold one twice."""
+    optimizer = train.tf1_adam(1e-3)
+    update = train.make_update(
+        lambda params, x: (Mean(total=(params["w"] * x).sum(), weight=jnp.ones(())), {}), optimizer
+    )
+    state, _ = update(train.init_state({"w": jnp.ones(3)}, optimizer), jnp.ones(3))
+    assert int(state.step) == 1

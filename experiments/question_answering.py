@@ -1,0 +1,44 @@
+"""Question answering over a list of questions and answers, the running example of surveys of reinforcement learning for
+language: an answer is an episode of one turn, and its reward is the F1 of the words it shares with the right one.
+
+    rljax run experiments/question_answering.py
+
+Needs `pip install "rljax[gguf,environments]"`. Not measured yet.
+"""
+
+from rljax import environments, presets, rewards
+
+CATEGORIES = ("trivia",)  # the one whose answers are facts
+
+
+def questions(policy, key, *, categories: tuple[str, ...] = CATEGORIES) -> list[dict]:
+    """The questions of chatterbot-corpus, each once, with all answers that it has there."""
+    found: dict[str, list[str]] = {}
+    for row in environments.conversations(categories):
+        found.setdefault(row["turns"][0], []).append(row["turns"][1])
+    return [{"question": question, "answer": answers} for question, answers in found.items()]
+
+
+def ask(row: dict) -> list[dict]:
+    return [{"role": "user", "content": row["question"]}]
+
+
+experiment = presets.grpo(
+    model="smollm2-135m-instruct",
+    data=questions,
+    environment=environments.question_answering(rewards.token_f1, prompt=ask),
+    max_prompt=64,
+    max_completion=24,
+    steps=40,
+    batch=4,
+    group=8,
+    learning_rate=2e-5,
+    eval_rows=32,
+    eval_every=20,
+    save_every=20,
+)
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)

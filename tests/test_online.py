@@ -1,0 +1,575 @@
+"""The online program end to end on a real tiny checkpoint: every kind of run, what it leaves, and how it fails."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import (
+    artefacts,
+    cli,
+    data,
+    models,
+    offline,
+    online,
+    policy,
+    presets,
+    rewards,
+    sharding,
+    tracking,
+    train,
+)
+from rljax.environments import number_guessing
+from rljax.metrics import define
+from rljax.models import hf
+from tests.test_programs import state_bits
+
+WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
+STEPS = 4
+RECORDS = ("metrics.jsonl", "samples.jsonl", "evidence.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _caches(tmp_path_factory):
+    """Compiled functions are kept for the runs of this file: many of them differ in nothing but their rewards."""
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    for name, value in (CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}).items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+CACHE = {
+    "jax_compilation_cache_dir": None,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+class Trouble:
+    """What the reward `vowels` does at a certain call (1 is the evaluation before training), once."""
+
+    at: int | None = None
+    what: str = ""
+    calls = 0
+    released = threading.Event()
+
+
+def vowels(prompts, completions):
+    """0.1 for every vowel, −0.7 at the start: fractions, some of them negative."""
+    Trouble.calls += 1
+    scores = [sum(letter in "aeiou" for letter in text) / 10 - 0.7 for text in completions]
+    if Trouble.calls != Trouble.at:
+        return scores
+    match Trouble.what:
+        case "raise":
+            raise KeyError("the judge is ill")
+        case "nan":
+            return [float("nan") if i == 1 else score for i, score in enumerate(scores)]
+        case "count":
+            return scores[:-1]
+        case "text":
+            return ["good", *scores[1:]]
+        case "hang":
+            Trouble.released.wait(60)
+        case "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+            Trouble.released.wait(60)
+    return scores
+
+
+@pytest.fixture
+def trouble():
+    def cause(at, what):
+        Trouble.at, Trouble.what, Trouble.calls = at, what, 0
+        Trouble.released.clear()
+
+    yield cause
+    Trouble.at, Trouble.calls = None, 0
+    Trouble.released.set()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> str:
+    rows = [{"prompt": f"Once there was a {a}. The {b}", "word": a} for a in WORDS for b in WORDS[:4]]
+    return str(data.write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows))
+
+
+@pytest.fixture(scope="module")
+def settings(stories, prompts):
+    def common(out, **changes):
+        return {
+            "model": str(stories),
+            "data": prompts,
+            "reward": vowels,
+            "steps": STEPS,
+            "batch": 4,
+            "max_prompt": 32,
+            "max_completion": 6,
+            "learning_rate": 1e-3,
+            "eval_every": 2,
+            "save_every": 3,
+            "eval_rows": 4,
+            "samples": 2,
+            "evidence": 2,
+            "remat": "none",
+            "mesh": functools.partial(sharding.make_mesh, fsdp=1),
+            "schedule": train.constant,
+            "out": str(out),
+            "name": "run",
+        } | changes
+
+    return common
+
+
+def ppo(settings, out, **changes):
+    """PPO with all that has a state: critic, running normalisation, adaptive KL, average."""
+    options = {"epochs": 2, "minibatches": 2, "kl_target": 2.0, "kl_horizon": 50, "normalize_running": True, "ema": 0.9}
+    return online.PPO(**settings(out) | options | changes)
+
+
+def metrics_of(run: pathlib.Path):
+    return tracking.read_rows(run / "metrics.jsonl")
+
+
+def same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Every leaf of the last checkpoint, and every record, to the bit."""
+    assert state_bits(one) == state_bits(other)
+    for name in RECORDS:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+# --- one PPO run, looked at from all sides ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """(the experiment, its folder, what it printed)"""
+    out = tmp_path_factory.mktemp("finished")
+    Trouble.at, Trouble.calls = None, 0
+    experiment = ppo(settings, out)
+    assert online.run(experiment) == 0
+    return experiment, out / "run"
+
+
+def test_metrics_have_the_familiar_names(finished):
+    _, run = finished
+    records = metrics_of(run)
+    assert [record["step"] for record in records] == list(range(STEPS + 1))
+    names = {
+        "objective/kl", "objective/scores", "objective/rlhf_reward", "objective/non_score_reward", "objective/entropy",
+        "objective/kl_coef", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/updates", "val/ratio", "val/mean",
+        "val/explained_variance", "loss/policy_avg", "loss/value_avg", "loss", "grad_norm", "learning_rate",
+        "completions/mean_length", "completions/clipped_ratio", "rewards/vowels/mean", "rewards/vowels/std",
+        "rewards/none_ratio",
+    }  # fmt: skip
+    for record in records[1:]:
+        assert names <= set(record)
+        assert all(value is not None for value in record.values()), record
+        assert record["policy/updates"] == 4
+    held_out = {"eval/reward", "eval/reward/std", "eval/rewards/vowels/mean", "eval/completions/mean_length"}
+    assert [held_out <= set(record) for record in records] == [True, False, True, False, True]
+    plain = {name for record in records for name in record} - {"step"}
+    unknown = {
+        name for name in plain if define(name) is None and not name.removeprefix("eval/").startswith("rewards/vowels")
+    }
+    assert not unknown
+    first = records[1]
+    assert abs(first["objective/kl"]) < 1e-3  # the policy is still the reference; the sampler's numbers are within 1e-3
+    assert first["learning_rate"] == 1e-3
+    assert first["objective/rlhf_reward"] == pytest.approx(
+        first["objective/scores"] + first["objective/non_score_reward"], abs=1e-5
+    )
+
+
+def test_a_run_leaves_what_it_should(finished):
+    _, run = finished
+    assert {"report.md", "experiment.json", "manifest.json", "tensorboard", *RECORDS} <= set(os.listdir(run))
+    samples = tracking.read_rows(run / "samples.jsonl")
+    assert [row["phase"] for row in samples] == ["before"] * 2 + ["during"] * 2 + ["after"] * 2
+    for row in samples:
+        assert row["reward"] == pytest.approx(vowels([""], [row["completion"]])[0], abs=1e-3)
+    report = (run / "report.md").read_text()
+    assert "objective&#95;kl" in report or "`objective/kl`" in report
+    assert cli.main(["report", str(run)]) == 0
+
+
+def test_the_same_run_again_does_nothing_and_another_is_refused(finished):
+    experiment, run = finished
+    before = {name: (run / name).read_bytes() for name in RECORDS}
+    assert online.run(experiment) == 0
+    assert {name: (run / name).read_bytes() for name in RECORDS} == before
+    with pytest.raises(ValueError, match=r"lam was 0\.95 and is 0\.5"):
+        online.run(dataclasses.replace(experiment, lam=0.5))
+
+
+def test_inspect_shows_what_was_trained(finished, capsys):
+    _, run = finished
+    rows = tracking.read_rows(run / "evidence.jsonl")
+    assert [(row["step"], row["row"]) for row in rows] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    for row in rows:
+        assert row["prompt"].startswith("Once there was a")
+        assert len(row["tokens"]) == len(row["logp"]) == len(row["advantage"]) == len(row["ratio"]) <= 6
+        assert all(row["mask"])
+        assert max(abs(ratio - 1) for ratio in row["ratio"]) > 1e-4  # after the updates
+        assert row["score"] == pytest.approx(vowels([""], ["".join(row["tokens"]).replace("</s>", "")])[0], abs=0.011)
+    assert cli.main(["inspect", str(run), "--step", "2", "--row", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "step 2, row 1" in shown
+    assert "advantage" in shown
+    assert "step 2, row 0" not in shown
+
+
+def test_what_is_exported_is_the_average(finished, stories, tmp_path):
+    """With `ema` the weights to use are their average; it opens again and writes."""
+    experiment, run = finished
+    assert artefacts.export(run, tmp_path / "exported") == STEPS
+    _, exported = hf.load(tmp_path / "exported", dtype="float32")
+    _, before = hf.load(stories)
+    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), exported, before)))
+    assert 1e-5 < moved < 1e-2
+    _, params, _ = artefacts.load_run(run)
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(exported), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert cli.main(["sample", str(run), "--prompt", "Once", "--max-new-tokens", "3"]) == 0
+    assert experiment.ema == 0.9
+
+
+@pytest.mark.slow
+def test_selfcheck_says_what_it_found(finished, tmp_path, capsys):
+    experiment, run = finished
+    before = metrics_of(run)
+    assert online.selfcheck(dataclasses.replace(experiment, out=str(tmp_path), temperature=0.7)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("✓") == 7
+    assert "KL of a first rollout 0, ratios 1 to 1" in said
+    assert "learning rate over 16 updates" in said
+    assert "⟦" in said
+    assert "loss/policy_avg will start near 0" in said
+    assert metrics_of(run) == before
+
+
+# --- rewards that fail ------------------------------------------------------------------------------------------------
+
+# Calls of the reward: 1 before training, 2, 3 iterations, 4 evaluation, 5, 6 iterations, 7 evaluation.
+
+
+def interrupted(experiment, cause, at, what):
+    """Run until the trouble, then again without it."""
+    cause(at, what)
+    if what == "sigterm":
+        assert online.run(experiment) == 128 + signal.SIGTERM
+    else:
+        with pytest.raises(rewards.RewardError) as error:
+            online.run(experiment)
+        assert "the reward vowels" in str(error.value)
+        assert "prompt" in str(error.value)
+        assert "completion" in str(error.value)
+    saved = sorted(int(p.name) for p in (pathlib.Path(experiment.out) / "run" / "checkpoints").iterdir())
+    cause(None, "")
+    assert online.run(experiment) == 0
+    return saved, None if what == "sigterm" else str(error.value)
+
+
+def test_a_reward_that_raises_stops_the_run_after_saving(finished, settings, trouble, tmp_path):
+    """In the second iteration, before any regular checkpoint: the same command goes on to the same bits."""
+    saved, message = interrupted(ppo(settings, tmp_path), trouble, 3, "raise")
+    assert saved == [1]
+    assert "KeyError: 'the judge is ill'" in message
+    same_run(tmp_path / "run", finished[1])
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_in_an_evaluation_owes_it(finished, settings, trouble, tmp_path):
+    """The step is saved, its evaluation comes first when the run goes on, and its record is one line."""
+    saved, message = interrupted(ppo(settings, tmp_path), trouble, 4, "nan")
+    assert saved == [2]
+    assert "failed in row 1: it returned nan" in message
+    same_run(tmp_path / "run", finished[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("at", "what", "saved", "message"),
+    [
+        (2, "count", [0], "it returned 3 values for 4 completions"),
+        (5, "text", [2], "str 'good' where a number belongs"),
+        (6, "hang", [3], "is not done with 4 rows after 2 seconds"),
+        (7, "raise", [3, 4], "KeyError"),
+        (3, "sigterm", [1], None),
+        (4, "sigterm", [2], None),
+        (7, "sigterm", [3, 4], None),
+    ],
+)
+def test_trouble_of_any_kind_costs_no_bit(finished, settings, trouble, tmp_path, at, what, saved, message):
+    """Also SIGTERM while a slow reward is waited for, in an iteration or an evaluation."""
+    experiment = ppo(settings, tmp_path, reward_timeout=2.0 if what == "hang" else 600.0)
+    found, said = interrupted(experiment, trouble, at, what)
+    assert found == saved
+    if message:
+        assert message in said
+    same_run(tmp_path / "run", finished[1])
+
+
+@pytest.mark.slow
+def test_trouble_before_training_is_an_error_or_an_end(settings, trouble, tmp_path):
+    experiment = ppo(settings, tmp_path, steps=1)
+    trouble(1, "raise")
+    with pytest.raises(rewards.RewardError, match="the judge is ill"):
+        online.run(experiment)
+    trouble(1, "sigterm")
+    assert online.run(experiment) == 128 + signal.SIGTERM
+    trouble(None, "")
+    assert online.run(experiment) == 0
+    assert [record["step"] for record in metrics_of(tmp_path / "run")] == [0, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 4, 6])
+def test_a_lag_loses_nothing_when_rewards_fail(settings, trouble, tmp_path, at):
+    """Rollouts are judged after the update that they wait for: if that fails, the update has not been made."""
+    for name in ("whole", "failed"):
+        changes = {"lag": 1, "group": 2, "old_logps": "trainer", "importance_cap": 2.0, "name": "run"}
+        experiment = presets.rloo(**settings(tmp_path / name) | changes)
+        if name == "failed":
+            interrupted(experiment, trouble, at, "raise")
+        else:
+            assert online.run(experiment) == 0
+    same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
+
+
+def small_ids(params, tokens):
+    """Thousandths of the sum of the ids; NaN for the one row whose sum is `bad`."""
+    total = jnp.sum(jnp.where(tokens.mask, tokens.ids, 0), axis=1) / 1000
+    return jnp.where(jnp.abs(total - params["bad"]) < 1e-4, jnp.nan, total)
+
+
+@pytest.mark.slow
+def test_a_jax_reward_that_is_not_finite_stops_the_run_after_saving(settings, tmp_path):
+    """One compiled iteration, and nothing of the failed one is kept: mended, the run goes on to the same bits."""
+
+    def experiment(name, bad):
+        reward = rewards.on_device(small_ids, params={"bad": jnp.asarray(bad, jnp.float32)})
+        return presets.grpo(**settings(tmp_path / name) | {"group": 2, "reward": reward})
+
+    assert online.run(experiment("whole", -1.0)) == 0
+    rows = tracking.read_rows(tmp_path / "whole" / "run" / "evidence.jsonl")
+    bad = next(row["score"] for row in rows if (row["step"], row["row"]) == (4, 1))
+    with pytest.raises(rewards.RewardError, match=r"the reward small_ids failed in row 1: it returned nan.*Once there"):
+        online.run(experiment("failed", bad))
+    assert [p.name for p in (tmp_path / "failed" / "run" / "checkpoints").iterdir()] == ["3"]
+    assert online.run(experiment("failed", -1.0)) == 0
+    same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
+
+
+# --- every kind of run ------------------------------------------------------------------------------------------------
+
+
+def learned(run: pathlib.Path) -> None:
+    records = metrics_of(run)
+    assert records[-1]["step"] == STEPS
+    assert all(value is not None for record in records for value in record.values())
+    assert artefacts.load_run(run)[2] == STEPS
+
+
+@rewards.on_device
+def short(tokens):
+    return -tokens.mask.sum(1) / 6
+
+
+KINDS = {
+    "shared critic": lambda common: online.PPO(**common, critic="shared", epochs=2, entropy_coef=0.01, target_kl=0.5),
+    "trainer, filters": lambda common: online.PPO(
+        **common, old_logps="trainer", temperature=0.7, top_p=0.9, top_k=50, min_p=0.01, min_new_tokens=2, epochs=1
+    ),
+    "reference norm": lambda common: presets.ppo_ziegler2019(**common, normalize_reference=8, whiten_rewards=True),
+    "grpo": lambda common: presets.grpo(**common | {"group": 2}),
+    "dapo": lambda common: presets.dapo(**common | {"group": 3, "max_age": 2, "overlong_buffer": 4}),
+    "dapo, jax reward": lambda common: presets.dapo(
+        **common | {"group": 3, "reward": (short, vowels), "overlong_buffer": 4}
+    ),
+    "gspo": lambda common: presets.gspo(**common | {"group": 2, "minibatches": 2, "microbatches": 2}),
+    "remax": lambda common: presets.remax(**common, missing_eos_score=-1.0),
+    "reinforce++": lambda common: presets.reinforce_plus_plus(**common),
+    "lag": lambda common: presets.rloo(**common | {"group": 2}, lag=1, old_logps="trainer", importance_cap=2.0),
+    "online dpo": lambda common: presets.online_dpo(**common),
+    "raft": lambda common: presets.raft(**common | {"group": 2}),
+    "one token": lambda common: presets.grpo(**common | {"group": 2, "max_completion": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run(settings, tmp_path, kind):
+    Trouble.at = None
+    experiment = KINDS[kind](settings(tmp_path))
+    assert online.run(experiment) == 0
+    learned(tmp_path / "run")
+    last = metrics_of(tmp_path / "run")[-1]
+    match kind:
+        case "dapo" | "dapo, jax reward":
+            assert last["frac_reward_zero_std"] == 0.0
+            assert last["sampling/age"] <= 2
+        case "lag":
+            assert last["sampling/age"] == 1.0
+            assert last["val/ratio"] == pytest.approx(1.0, abs=1e-4)  # to the trainer's old policy, not the sampler's
+            assert last["sampling/logp_difference"] > 1e-3
+        case "trainer, filters":
+            assert metrics_of(tmp_path / "run")[1]["objective/kl"] == 0.0
+            assert metrics_of(tmp_path / "run")[1]["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+        case "one token":
+            assert last["completions/mean_length"] == 1.0
+        case "online dpo":
+            assert 0 <= last["pairs/tied"] <= 1
+            assert "objective/kl" in last
+
+
+@pytest.mark.slow
+def test_ptx_beside_the_rollouts(settings, tmp_path):
+    texts = data.write_jsonl(
+        tmp_path / "t.jsonl", [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS]
+    )
+    experiment = online.PPO(
+        **settings(tmp_path),
+        pretrain_data=str(texts),
+        pretrain_batch=4,
+        pretrain_coef=1.0,
+        minibatches=2,
+        microbatches=2,
+    )
+    assert online.run(experiment) == 0
+    nll = [record["loss/pretrain_avg"] for record in metrics_of(tmp_path / "run")[1:]]
+    assert nll[-1] < nll[0]
+
+
+@pytest.mark.slow
+def test_a_critic_from_a_reward_model(settings, stories, tmp_path):
+    """A folder, or a run of `offline.RewardModel`: values begin as its scores, through its own head."""
+    model, params = hf.load(stories, dtype="float32")
+    head = models.scalar_head(model.config.hidden_size).init(jax.random.key(1))
+    start = policy.load(str(stories))
+    hf.save_reward(tmp_path / "rm", model, {"model": params, "head": head}, tokenizer=start.tokenizer)
+    assert online.run(online.PPO(**settings(tmp_path), critic=str(tmp_path / "rm"))) == 0
+    learned(tmp_path / "run")
+    first = metrics_of(tmp_path / "run")[1]
+    assert abs(first["val/mean"]) > 1e-3  # a head of zeros would say 0
+
+    pairs = [{"prompt": f"The {a}", "chosen": " is happy.", "rejected": " is sad."} for a in WORDS * 4]
+    common = settings(tmp_path, name="trained", data=str(data.write_jsonl(tmp_path / "pairs.jsonl", pairs)), steps=2)
+    offline_fields = {field.name for field in dataclasses.fields(offline.RewardModel)}
+    assert offline.run(offline.RewardModel(**{k: v for k, v in common.items() if k in offline_fields})) == 0
+    again = settings(tmp_path, name="again", critic=str(tmp_path / "trained"), steps=1)
+    assert online.run(online.PPO(**again)) == 0
+    with pytest.raises(ValueError, match="is a run that trained no reward model"):
+        online.run(online.PPO(**settings(tmp_path, name="wrong", critic=str(tmp_path / "run"))))
+
+
+@pytest.mark.slow
+def test_an_environment_of_several_turns(settings, tmp_path):
+    """Actions are trained, what the environment says is only read; nothing is tokenised twice."""
+    common = settings(tmp_path, max_completion=48, reward=None)
+    experiment = online.PPO(
+        **common, environment=number_guessing(low=1, high=4, max_turns=2), turn_tokens=4, minibatches=2, critic="shared"
+    )
+    assert online.run(experiment) == 0
+    learned(tmp_path / "run")
+    rows = tracking.read_rows(tmp_path / "run" / "evidence.jsonl")
+    assert any(not all(row["mask"]) for row in rows)  # what was said between two actions
+    for row in rows:
+        told = [token for token, trained in zip(row["tokens"], row["mask"], strict=True) if not trained]
+        assert all(ratio == 1.0 for ratio, trained in zip(row["ratio"], row["mask"], strict=True) if not trained)
+        assert "guess:" in "".join(told) or not told
+
+
+@pytest.mark.slow
+def test_a_jax_reward_is_learned_in_one_compiled_iteration(settings, tmp_path):
+    """The share of tokens that are one of the vowels' letters: a trivial task, which a few iterations solve."""
+    wanted = jnp.asarray([token for token in range(512) if token % 3 == 0])
+
+    @rewards.on_device
+    def thirds(tokens):
+        return jnp.where(tokens.mask, jnp.isin(tokens.ids, wanted), False).sum(1) / 6
+
+    changes = {
+        "reward": thirds,
+        "steps": 40,
+        "batch": 8,
+        "group": 4,
+        "learning_rate": 3e-3,
+        "eval_every": 20,
+        "eval_rows": 16,
+    }
+    experiment = presets.grpo(**settings(tmp_path) | changes, kl_loss=0.0, best="eval/reward")
+    assert online.run(experiment) == 0
+    records = metrics_of(tmp_path / "run")
+    scores = [record["objective/scores"] for record in records[1:]]
+    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.2
+    assert records[-1]["eval/reward"] > records[0]["eval/reward"] + 0.2
+
+
+@pytest.mark.slow
+def test_host_rewards_are_learned(settings, tmp_path):
+    experiment = online.PPO(
+        **settings(tmp_path) | {"steps": 25, "batch": 16, "eval_every": 25, "learning_rate": 2e-3}, kl_reward=0.01
+    )
+    Trouble.at = None
+    assert online.run(experiment) == 0
+    scores = [record["rewards/vowels/mean"] for record in metrics_of(tmp_path / "run")[1:]]
+    assert np.mean(scores[-4:]) > scores[0] + 0.1  # the first batch is the untrained policy's; four steps learn most
+
+
+@pytest.mark.slow
+def test_metrics_do_not_depend_on_the_mesh(settings, tmp_path):
+    found = {}
+    for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        name = "x".join(axes)
+        common = settings(
+            tmp_path, name=name, steps=2, batch=8, eval_rows=8, mesh=functools.partial(sharding.make_mesh, **axes)
+        )
+        assert online.run(online.PPO(**common, epochs=2, minibatches=2, old_logps="trainer", ema=0.9)) == 0
+        found[name] = metrics_of(tmp_path / name)
+    for one, many in zip(*found.values(), strict=True):
+        assert one.keys() == many.keys()
+        names = sorted(one.keys() - {"policy/clipfrac_avg"})
+        np.testing.assert_allclose([one[k] for k in names], [many[k] for k in names], rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_patience_ends_a_run_that_gets_no_better(settings, tmp_path):
+    """With a constant reward nothing is ever better than the first evaluation in training."""
+    changes = {"steps": 20, "eval_every": 1, "best": "eval/reward", "patience": 2, "reward": short, "group": 2}
+    assert online.run(presets.grpo(**settings(tmp_path) | changes)) == 0
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 3
+    assert tracking.read_rows(tmp_path / "run" / "samples.jsonl")[-1]["phase"] == "after"
+    assert artefacts.load_run(tmp_path / "run")[2] == 1
+
+
+def test_wrong_settings_are_one_paragraph(settings, tmp_path, capsys):
+    """Before anything is loaded, and naming what to change."""
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "from rljax import online\nexperiment = online.PPO(model='m', data='nothing.jsonl', reward=len, batch=4)\n"
+    )
+    for options, message in {
+        ("--minibatches", "3"): "4 rows an iteration cannot be cut into minibatches=3",
+        ("--temperature", "0"): "temperature=0 always writes the same",
+        ("--kl_reward", "0", "--kl_target", "6"): "adapts a coefficient that is 0",
+    }.items():
+        assert cli.main(["run", str(file), "--mesh.fsdp", "1", *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+    with pytest.raises(rewards.RewardError, match="needs the field"):
+        online.run(
+            online.PPO(**settings(tmp_path) | {"reward": lambda prompts, completions, *, answer: [0.0], "steps": 1})
+        )
+    assert json.loads((tmp_path / "run" / "experiment.json").read_text())["kind"] == "PPO"
