@@ -95,7 +95,7 @@ class Checkpoints:
         """
         self.wait()
         leaves = _flatten(state)
-        jax.block_until_ready(leaves)  # on many CPU devices, collectives of several programs at once can starve
+        jax.block_until_ready(leaves)
         record = {
             "format": FORMAT,
             "leaves": {path: _describe(path, leaf) for path, leaf in leaves.items()},
@@ -360,9 +360,8 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _add_checksums(described: dict[str, dict[str, Any]], leaves: Mapping[str, jax.Array]) -> None:
-    sums = jax.device_get({path: _checksum(_data(leaf)) for path, leaf in leaves.items()})
-    for path, value in sums.items():
-        described[path]["checksum"] = int(value)
+    for path, leaf in leaves.items():  # one after the other: on many CPU devices, several sums can starve each other
+        described[path]["checksum"] = int(_checksum(_data(leaf)))
 
 
 def _compare(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool) -> None:

@@ -104,8 +104,8 @@ def build(
     draw = dataclasses.asdict(settings) | {"max_new_tokens": run.max_completion}
 
     def sample(params: Params, prompts: Tokens, key: Array) -> Rollout:
-        decoder = decoder_params(params)
-        return sampling.generate(model, decoder, prompts, jax.random.fold_in(key, 0), n=run.group, **draw)
+        here = {"n": run.group, "slots": run.slots, **draw}
+        return sampling.generate(model, decoder_params(params), prompts, jax.random.fold_in(key, 0), **here)
 
     def sample_greedy(params: Params, prompts: Tokens) -> Rollout:
         greedy = draw | {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}

@@ -32,6 +32,7 @@ class Sampled(Run):
     reward_timeout: float | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
 
     group: int = 1  # completions of each prompt
+    slots: int | None = None  # rows written at a time, finished ones making room for the next; None: all at once
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
@@ -141,6 +142,11 @@ def check(run: Sampled) -> None:
     if (run.reward is None) == (run.environment is None):
         raise ValueError(
             "give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two"
+        )
+    if run.slots is not None and (run.slots < 1 or run.slots % run.group or run.environment is not None):
+        raise ValueError(
+            f"slots={run.slots} must be a positive multiple of group={run.group}, whose rows start together, and "
+            "without an environment, whose episodes take turns: None writes all rows at once"
         )
     if run.temperature == 0:
         raise ValueError("temperature=0 always writes the same, so that nothing can be learned from it: set it above 0")

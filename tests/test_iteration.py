@@ -71,6 +71,14 @@ def values(metrics):
     return {name: float(mean.value()) for name, mean in metrics.items()}
 
 
+def test_fewer_slots_sample_the_same():
+    def rollout(slots):
+        made = build(settings.PolicyGradient, group=2, slots=slots)
+        return jax.jit(made.parts.sample)(made.learner.train.params, prompts(), KEY)
+
+    chex.assert_trees_all_equal(rollout(4).tokens, rollout(None).tokens)
+
+
 # --- PPO with everything that has a state -----------------------------------------------------------------------------
 
 

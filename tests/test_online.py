@@ -403,6 +403,7 @@ KINDS = {
     "lag": lambda common: presets.rloo(**common | {"group": 2}, lag=1, old_logps="trainer", importance_cap=2.0),
     "online dpo": lambda common: presets.online_dpo(**common),
     "raft": lambda common: presets.raft(**common | {"group": 2}),
+    "slots": lambda common: presets.grpo(**common | {"group": 2, "slots": 4}),
     "one token": lambda common: presets.grpo(**common | {"group": 2, "max_completion": 1}),
 }
 

@@ -160,6 +160,8 @@ def test_unknown_options_are_errors(option, capsys):
         ("PPO", {"epochs": 0}, "epochs must be at least 1"),
         ("PPO", {"minibatches": 3}, "16 rows an iteration cannot be cut into minibatches=3"),
         ("PPO", {"reward": None}, "give a reward"),
+        ("PPO", {"slots": 0}, "slots=0 must be a positive multiple of group=1"),
+        ("PolicyGradient", {"group": 4, "slots": 6}, "slots=6 must be a positive multiple of group=4"),
         ("PPO", {"temperature": 0.0}, "temperature=0 always writes the same"),
         ("PPO", {"old_logps": "policy"}, "old_logps must be"),
         ("PPO", {"importance_cap": 2.0}, "set old_logps='trainer'"),

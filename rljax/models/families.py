@@ -12,6 +12,7 @@ among the leaves of its tree.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -185,7 +186,9 @@ def family_of(architecture: str) -> Family:
         if architecture in (family.architecture, family.classifier):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    raise ValueError(f"unsupported architecture {architecture!r}; rljax reads {known}.")
+    encoder = re.match("Bert|DistilBert|Roberta", architecture)
+    hint = " Encoders are opened with rljax.models.encoder.load, as rewards with rewards.from_checkpoint."
+    raise ValueError(f"unsupported architecture {architecture!r}; rljax reads {known}.{hint if encoder else ''}")
 
 
 def model_config(family: Family, source: Mapping[str, Any]) -> ModelConfig:

@@ -49,15 +49,21 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
 def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[LanguageModel, Params]:
     """A reward model: the decoder, and params {"model": …, "head": {"kernel": [d], "bias": []}} for `heads`.
 
-    Reads …ForSequenceClassification checkpoints with one label. These have no output matrix, so "model" has no
-    "unembed" (`heads.reward_model` needs none). The bias comes from config.json (see `save_reward`) and is 0
-    where that has none.
+    Reads …ForSequenceClassification checkpoints with one label (more are a ValueError). These have no output matrix, so
+    "model" has no "unembed" (`heads.reward_model` needs none). The bias comes from config.json (see `save_reward`) and
+    is 0 where that has none.
     """
     checkpoint = _open(path_or_name)
     if "score.weight" not in checkpoint.store:
         raise ValueError(
             f"{checkpoint.where} has no score.weight: it is not a reward model. Open it with hf.load and give it a "
             "head with rljax.models.heads.reward_model."
+        )
+    labels = checkpoint.source.get("id2label") or {}
+    if len(labels) > 1:
+        raise ValueError(
+            f"{checkpoint.where} tells {len(labels)} labels apart ({', '.join(map(str, labels.values()))}): a reward "
+            "model of a decoder has one, the reward. Give it a head of its own with rljax.models.heads.reward_model."
         )
     config = _config(checkpoint, mesh, dtype)
     abstract: Params = jax.eval_shape(build(config).init, jax.random.key(0))

@@ -58,9 +58,9 @@ def test_ppo_sentiment_takes_two_steps(stories, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo_tiny", "number_guessing"])
-def test_tiny_experiments_take_two_steps(name, stories, tmp_path):
-    records = run(name, stories, tmp_path)
+@pytest.mark.parametrize("name", ["number_guessing", "calculator", "question_answering"])
+def test_environments_take_two_steps(name, chatty, tmp_path):
+    records = run(name, chatty, tmp_path, "--max_prompt", "360", "--max_completion", "48")
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[0]["eval/reward"] is not None
 

@@ -277,3 +277,8 @@ def test_reward_models_and_language_models_are_not_confused(tmp_path):
         hf.load(tmp_path / "out")
     with pytest.raises(ValueError, match=r"no score\.weight"):
         hf.load_reward(FOLDER / "llama")
+    config = tmp_path / "out" / "config.json"
+    labels = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | labels))
+    with pytest.raises(ValueError, match=r"2 labels apart \(bad, good\)"):
+        hf.load_reward(tmp_path / "out")

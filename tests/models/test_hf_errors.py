@@ -27,6 +27,7 @@ BREAKS = {
         lambda f: edit(f, architectures=["MambaForCausalLM"]),
         "MambaForCausalLM.*reads LlamaForCausalLM",
     ),
+    "an encoder": (lambda f: edit(f, architectures=["BertModel"]), r"'BertModel'.*rljax\.models\.encoder\.load"),
     "no architecture": (lambda f: edit(f, drop=("architectures", "model_type")), "unsupported architecture"),
     "unknown activation": (lambda f: edit(f, hidden_act="quick_gelu"), "quick_gelu"),
     "unknown rope": (
