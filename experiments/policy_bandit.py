@@ -4,8 +4,7 @@ Papers  The policy that maximises E[r] − β KL(π‖π_ref) is π* ∝ π_ref 
         Eq. 2; Rafailov et al. 2023, arXiv:2305.18290, Eq. 4). Presets: PPO, REINFORCE, RLOO (2402.14740), ReMax
         (2310.10505), REINFORCE++ (2501.03262), GRPO (2402.03300), Dr. GRPO (2503.20783).
 Claim   With the KL in the reward all of them end at π*: there r − β log π/π_ref is the same for every completion, so
-that
-        no advantage is left, whatever it is divided by. With the KL in the loss it depends on the estimator:
+        that no advantage is left, whatever it is divided by. With the KL in the loss the estimator decides:
           k2            the gradient of β KL(π‖π_ref) at each token: π*, if completions have one token. If they have
                         more, how a token changes the KL of those behind it is missing, so that the first one goes to
                         π_ref(a) exp(E[r|a]/β), where π* has π_ref(a) Σ_b π_ref(b|a) exp(r/β)
@@ -13,11 +12,9 @@ that
           k3, r/std     GRPO as published: the same with r/σ in r's place, σ the standard deviation of r under the π
                         that comes out of it (Vojnovic and Yun 2025, arXiv:2502.18548, solve it for two rewards)
 Set-up  A random transformer of one layer writes one token out of 8 after each of 4 prompts, or up to two tokens, 0
-being
-        the end; every completion has its own reward, uniform in [−1, 1]; β = 0.5; 4 × `samples` completions in
-        each of
-        `steps` iterations, Adam, cosine. Each seed has its own transformer. The answers are computed in numpy from the
-        logits of the reference, with nothing of rljax.
+        being the end; every completion has its own reward, uniform in [−1, 1]; β = 0.5. `steps` iterations of
+        4 × `samples` completions, Adam, cosine. Each seed has its own transformer. The answers are computed in numpy
+        from the logits of the reference, with nothing of rljax.
 Run     rljax run experiments/policy_bandit.py
 Pass    max |π − answer| < 0.02 over all completions, mean of 3 seeds; where the answer is not π*, max |π − π*| > 0.05.
 """
@@ -113,7 +110,7 @@ def completion_logps(params: Params, tokens: int) -> Array:
     return first + jnp.where((jnp.arange(VOCAB) == END)[None, :, None], only, second)
 
 
-# --- the answers: reference probabilities and rewards [prompt, first, second] -> probabilities, in float64 ---
+# --- the answers: reference probabilities and rewards [prompt, first, second] -> probabilities, in float64 ------------
 
 
 def tilted(ref: np.ndarray, r: np.ndarray) -> np.ndarray:

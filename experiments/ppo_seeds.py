@@ -1,8 +1,7 @@
 """Sixteen seeds of PPO, at two learning rates, in one compiled program: curves with their confidence bands.
 
-A random transformer of one layer learns to count: the reward of a completion is the share of its tokens that
-are one more than the token before. The reward is a JAX function, so a whole iteration (sample, judge,
-advantages, epochs of
+A random transformer of one layer learns to count: the reward of a completion is the share of its tokens that are one
+more than the token before. The reward is a JAX function, so a whole iteration (sample, judge, advantages, epochs of
 minibatches) is one pure function, `iteration.build(...).whole`; a run is a `lax.scan` of it, and all runs together are
 its `vmap` over seeds and learning rates.
 

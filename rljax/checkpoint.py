@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -29,8 +30,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 log = logging.getLogger("rljax")
-# Orbax logs every error of its threads with several tracebacks before it raises it; the raised one is enough.
-logging.getLogger("absl").addFilter(lambda line: line.levelno < logging.ERROR or "orbax" not in line.pathname)
+# Orbax logs every error of its threads with several tracebacks before it raises it; the raised one is enough. And it
+# warns that what is opened to be read will only be read.
+logging.getLogger("absl").addFilter(
+    lambda line: (
+        "orbax" not in line.pathname or (line.levelno < logging.ERROR and not re.search("read.only", str(line.msg)))
+    )
+)
 
 FORMAT = 1
 UNFINISHED = ".orbax-checkpoint-tmp"

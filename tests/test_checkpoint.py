@@ -203,6 +203,14 @@ def test_what_cannot_be_saved_is_said_at_once(tmp_path):
         Checkpoints(tmp_path / "missing", keep=1, read_only=True)
 
 
+def test_reading_says_nothing(tmp_path, caplog):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"w": jnp.ones(2)}, {})
+    with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.latest() == 1
+    assert not caplog.text
+
+
 KILLED = """
 import sys, jax, jax.numpy as jnp
 from rljax.checkpoint import Checkpoints
