@@ -78,7 +78,12 @@ def shape_rewards(
 
 
 def group_relative(
-    rewards: Real[ArrayLike, "g n"], *, divide_by_std: bool, ddof: int = 1, eps: Scalar = 1e-4
+    rewards: Real[ArrayLike, "g n"],
+    *,
+    divide_by_std: bool,
+    ddof: int = 1,
+    eps: Scalar = 1e-4,
+    applies: Bool[ArrayLike, "g n"] | None = None,
 ) -> Float[Array, "g n"]:
     """GRPO's advantages: each of n samples against its group (Shao et al. 2024, arXiv:2402.03300), [g n].
 
@@ -86,30 +91,47 @@ def group_relative(
 
     The defaults are TRL's (torch.std, so ddof = 1; eps = 1e-4); verl has ddof = 1 and eps = 1e-6; jnp.std has ddof = 0.
     A group of equal rewards, or of one sample, gives 0 for any eps.
+
+    applies: which samples have a reward: mean, std and n are taken over those, and the others get 0. The program tells
+    an advantage function with a parameter of that name; to another one a sample without a reward is its group's mean.
     """
-    rewards = as_float(rewards)
-    n = rewards.shape[1]
-    rewards = rewards - rewards[:, :1]  # so that equal rewards centre to exactly 0, and not to a rounding error
-    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    rewards, applies, n = _present(rewards, applies)
+    first = jnp.take_along_axis(rewards, jnp.argmax(applies, axis=1, keepdims=True), axis=1)
+    rewards = jnp.where(applies, rewards - first, 0.0)  # equal rewards centre to exactly 0, not to a rounding error
+    mean = jnp.sum(rewards, axis=1, keepdims=True) / jnp.maximum(n, 1)
+    centred = jnp.where(applies, rewards - mean, 0.0)
     if not divide_by_std:
         return centred
-    variance = jnp.sum(centred**2, axis=1, keepdims=True) / max(n - ddof, 1)
+    variance = jnp.sum(centred**2, axis=1, keepdims=True) / jnp.maximum(n - ddof, 1)
     varied = variance > 0  # the gradient of sqrt at 0 is infinite
     return jnp.where(varied, centred / (jnp.sqrt(jnp.where(varied, variance, 1.0)) + eps), 0.0)
 
 
-def leave_one_out(rewards: Real[ArrayLike, "g n"]) -> Float[Array, "g n"]:
+def leave_one_out(
+    rewards: Real[ArrayLike, "g n"], *, applies: Bool[ArrayLike, "g n"] | None = None
+) -> Float[Array, "g n"]:
     """RLOO's advantages: each sample against the mean of the others (Ahmadian et al. 2024, arXiv:2402.14740), [g n].
 
     A_i = r_i − (Σ_{j≠i} r_j) / (n − 1)
 
     That is n/(n − 1) times `group_relative` without the std. Raises ValueError for groups of one.
+    applies: as in `group_relative`; a sample that is the only one with a reward gets 0.
     """
+    rewards, applies, n = _present(rewards, applies)
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"leave_one_out compares a sample with the others of its prompt: sample 2 or more, not {rewards.shape[1]}."
+        )
+    rewards = jnp.where(applies, rewards, 0.0)
+    others = (jnp.sum(rewards, axis=1, keepdims=True) - rewards) / jnp.maximum(n - 1, 1)
+    return jnp.where(applies & (n > 1), rewards - others, 0.0)
+
+
+def _present(rewards: ArrayLike, applies: ArrayLike | None) -> tuple[Array, Array, Array]:
+    """(rewards, applies, how many apply in each group: [g 1])"""
     rewards = as_float(rewards)
-    n = rewards.shape[1]
-    if n < 2:
-        raise ValueError(f"leave_one_out compares a sample with the others of its prompt: sample 2 or more, not {n}.")
-    return rewards - (jnp.sum(rewards, axis=1, keepdims=True) - rewards) / (n - 1)
+    applies = jnp.ones(rewards.shape, bool) if applies is None else jnp.asarray(applies)
+    return rewards, applies, jnp.sum(applies, axis=1, keepdims=True)
 
 
 def greedy_baseline(rewards: Real[ArrayLike, "g n"], greedy: Real[ArrayLike, " g"]) -> Float[Array, "g n"]:

@@ -248,7 +248,7 @@ def _option_type(hint: Any, default: Any) -> Any:
     ):
         return hint
     if default is None:  # a number where there is one: `ops.Scalar | None`
-        return float | None if any(hasattr(t, "dtypes") for t in typing.get_args(hint)) else None
+        return float | None if any(getattr(t, "dim_str", None) == "" for t in typing.get_args(hint)) else None
     return float if type(default) is int else type(default)
 
 

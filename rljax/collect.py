@@ -17,15 +17,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rljax import judges, policy, reference, rewards, sharding
-from rljax.environments import play
+from rljax import episodes, judges, policy, reference, rewards, sharding
 from rljax.iteration import Greedy, Trace, Verdict, greedy_verdict
 from rljax.judges import Judges, local
 from rljax.prompts import Prompts, prompt_tokens
 from rljax.types import Params, Rollout, Tokens
 from rljax.views import decoder_params
-
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "min_new_tokens")  # settings of a run that `generate` takes
 
 
 class Round(NamedTuple):
@@ -101,23 +98,20 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
     indices = source.batch(number)
     now = sampler.start._replace(params=decoder_params(params))
     key = jax.random.fold_in(jax.random.key(run.seed), number)
-    episodes = play(
+    played, total = episodes.of_rows(
+        run,
         now,
-        run.environment,
         [source.rows[int(i)] for i in indices],
-        jax.random.fold_in(key, jax.process_index()),
-        max_new_tokens=run.turn_tokens or run.max_completion,
-        max_prompt=source.width,
-        max_length=source.width + run.max_completion,
-        n=run.group,
-        sampling={name: getattr(run, name) for name in DRAWN},
-        seed=run.seed + number,
-        timeout=run.reward_timeout,
+        key,
+        seed=(run.seed, number),
+        width=source.width,
+        mesh=sampler.mesh,
         poll=sampler.judges.poll,
+        say=sampler.judges.say,
+        n=run.group,
     )
-    total = np.where([f is None for f in episodes.failures], episodes.rewards.sum(1), np.nan).astype(np.float32)
-    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": episodes.rewards}
-    rollout, verdict = reference.place((episodes.rollout, Verdict(**arrays)), sampler.mesh)
+    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": played.rewards}
+    rollout, verdict = reference.place((played.rollout, Verdict(**arrays)), sampler.mesh)
     return Round(rollout, lambda: lambda: verdict)
 
 

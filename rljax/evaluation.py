@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rljax import data, judges, policy, program, prompts, settings, shaping, tracking, views
-from rljax.environments import play
-from rljax.iteration import Learner
+from rljax import data, episodes, judges, policy, program, prompts, settings, shaping, tracking
+from rljax.iteration import Learner, exported
 from rljax.program import Progress
 
 
@@ -27,12 +26,12 @@ class Written(NamedTuple):
 
 def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) -> Written:
     """One completion of each row's prompt, sampled as in training, and judged."""
-    now = setup.start._replace(params=views.decoder_params(learner.train.params))
+    now = setup.start._replace(params=exported(learner))
     drawn = dataclasses.asdict(settings.sampling(run, ()))
     drawn.pop("stop_ids")
     key = jax.random.key(np.uint32(seed))
     if run.environment is not None:
-        return _episodes(run, setup, now, rows, key, drawn)
+        return _episodes(run, setup, now, rows, key, seed)
     asked = [row["prompt"] for row in rows]
     made = policy.complete(
         now,
@@ -44,7 +43,7 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
         **drawn,
     )
     rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
-    source = prompts.prompts(run, now.tokenizer, rows)
+    source = prompts.prompts(run, now.tokenizer, rows)._replace(fields=setup.sampler.source.fields)
     said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
     return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
@@ -55,26 +54,24 @@ def shown(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, drawn: dict[str, Any]) -> Written:
-    episodes = play(
+def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, seed: int) -> Written:
+    sampler = setup.sampler
+    played, total = episodes.of_rows(
+        run,
         now,
-        run.environment,
         list(rows),
         key,
-        max_new_tokens=run.turn_tokens or run.max_completion,
-        max_prompt=setup.sampler.source.width,
-        max_length=setup.sampler.source.width + run.max_completion,
-        sampling=drawn,
-        seed=run.seed,
-        timeout=run.reward_timeout,
-        poll=setup.sampler.judges.poll,
+        seed=(seed,),
+        width=sampler.source.width,
+        mesh=sampler.mesh,
+        poll=sampler.judges.poll,
+        say=sampler.judges.say,
     )
-    tokens = episodes.rollout.tokens
-    total = np.where([f is None for f in episodes.failures], episodes.rewards.sum(1), np.nan).astype(np.float32)
+    tokens = played.rollout.tokens
     asked = policy.decode(now.tokenizer, _prompt_part(tokens))
     parts = {"environment": total}
-    lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(episodes.rollout.finished)
-    return Written(asked, episodes.texts, total, parts, lengths, finished)
+    lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(played.rollout.finished)
+    return Written(asked, played.texts, total, parts, lengths, finished)
 
 
 def _prompt_part(tokens: Any) -> Any:
@@ -106,7 +103,7 @@ def show(
     ]
     tracker.samples(step, rows, title=f"step {step}" if phase == "during" else f"{phase} training")
     if phase != "during":
-        now = setup.start._replace(params=views.decoder_params(learner.train.params))
+        now = setup.start._replace(params=exported(learner))
         program.measure(run, now, setup.start.params, tracker, step, phase)
 
 

@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rljax import losses
 from rljax.iteration import Trace
-from rljax.objectives.online import clip_bounds
+from rljax.objectives import clipped_tokens
 from rljax.tracking import read_rows
 from rljax.types import PolicyBatch
 
@@ -44,7 +43,7 @@ def rows_of(
     A row that no reward applies to is shown with its tokens, none of them trained.
     """
     rollout, verdict, notes, batch = jax.device_get(trace)
-    bounds = None if loss is None else clip_bounds(loss)
+    clipped = None if loss is None else clipped_tokens(loss)
     found = []
     for i in range(min(count, len(verdict.total))):
         real, mask = rollout.tokens.segments[i] > 0, rollout.tokens.mask[i]
@@ -57,8 +56,8 @@ def rows_of(
             if after is not None:
                 now, old = np.asarray(after)[i], batch.old_logps[i]
                 columns["ratio"] = np.exp(np.where(mask, now - old, 0.0))
-                if bounds is not None:
-                    flat = losses.clip_fraction(now[None], old[None], batch.advantages[i][None], **bounds)
+                if clipped is not None:
+                    flat = clipped(now[None], old[None], batch.advantages[i][None], mask[None])
                     columns["clipped"] = np.asarray(flat)[0]
         total, written = float(verdict.total[i]), real & (np.cumsum(mask) > 0)
         untrained = np.isnan(total) or (verdict.greedy is not None and np.isnan(verdict.greedy.total[i]))

@@ -18,7 +18,7 @@ from jax import Array
 
 from rljax import advantages, ops, sampling, shaping, train
 from rljax.filters import Sampling
-from rljax.methods import Judged, Method, Notes, share
+from rljax.methods import Judged, Method, Notes, share, whitening
 from rljax.rewards import Reward, judge_on_device
 from rljax.shaping import Moments
 from rljax.types import LanguageModel, Mean, Metrics, Params, PolicyBatch, Rollout, Tokens, TrainState, pytree
@@ -27,7 +27,7 @@ from rljax.views import decoder_params
 
 @pytree
 class Learner:
-    """All that an online run changes, but for what waits to be trained on (`collect.Buffer`)."""
+    """All that an online run changes, but for what waits to be trained on (`collect.Experience`)."""
 
     iterations: Array  # i32[]
     train: TrainState  # policy and critic: one tree, one optimizer
@@ -99,7 +99,11 @@ def build(
     """The iteration of a run (an experiment of `online`) with its method (see methods.py)."""
     update = train.update_step(method.loss_fn, optimizer, microbatches=run.microbatches)
     epochs = train.epochs_step(
-        update, epochs=run.epochs, minibatches=run.minibatches, target_kl=getattr(run, "target_kl", None)
+        update,
+        epochs=run.epochs,
+        minibatches=run.minibatches,
+        target_kl=getattr(run, "target_kl", None),
+        prepare=whitening(run),
     )
     draw = dataclasses.asdict(settings) | {"max_new_tokens": run.max_completion}
 
@@ -180,6 +184,11 @@ def _where(
         lambda carry: carry[3], lambda carry: (*learn(carry[0]), jnp.zeros((), bool)), (learner, *nothing, good)
     )
     return learner, metrics, trace
+
+
+def exported(learner: Learner) -> Params:
+    """The policy's weights that are evaluated and exported: their average, where the run keeps one."""
+    return decoder_params(learner.train.params) if learner.ema is None else learner.ema
 
 
 def greedy_verdict(total: Any, rollout: Rollout, group: int) -> Greedy:
@@ -266,7 +275,8 @@ def _next_factor(run: Any, factor: Array, metrics: Metrics, rows: int) -> Array:
     if run.kl_target is None:
         return factor
     kl: Mean = metrics["objective/kl"]
-    return advantages.adaptive_kl(factor, kl.value(), target=run.kl_target, horizon=run.kl_horizon, batch_size=rows)
+    moved = advantages.adaptive_kl(factor, kl.value(), target=run.kl_target, horizon=run.kl_horizon, batch_size=rows)
+    return jnp.where(kl.weight > 0, moved, factor)  # no row was measured: nothing is known
 
 
 def _average(run: Any, ema: Params | None, params: Params) -> Params | None:

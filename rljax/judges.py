@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rljax import policy, rewards, sharding
-from rljax.prompts import Prompts, fields
+from rljax.prompts import Prompts
 from rljax.types import Tokens
 
 
@@ -83,7 +83,7 @@ def start(
             return scores
         total, per_token, parts = local(said, judges.mesh)
         refuse_nan(parts, here, judges.tokenizer)
-        return rewards.merge(scores, total, per_token, parts, mask)
+        return rewards.merge(scores, total, per_token, parts, mask, (*judges.host, *judges.device))
 
     return wait
 
@@ -96,7 +96,7 @@ def _start_host(
         judges.host,
         [row["prompt"] for row in some],
         policy.decode(judges.tokenizer, tokens),
-        fields={name: [row.get(name) for row in some] for name in fields(some)},
+        fields={name: [row.get(name) for row in some] for name in source.fields},
         prompt_ids=[source.ids(int(i)) for i in indices],
         completion_ids=[row[where] for row, where in zip(np.asarray(tokens.ids), np.asarray(tokens.mask), strict=True)],
     )

@@ -160,7 +160,9 @@ def preference(run: Any, model: LanguageModel, params: Params, sampling: Samplin
 
     return Method(
         params=params,
-        loss_fn=objectives.preference(model, run.loss, average=run.average, max_trained=run.max_completion),
+        loss_fn=objectives.preference(
+            model, run.loss, average=run.average, max_trained=run.max_completion, sampling=sampling
+        ),
         annotate=_annotate(run, view, model, sampling),
         batch=batch,
         look=view,
@@ -264,7 +266,7 @@ def old_logps(rollout: Rollout, notes: Notes) -> Array:
 
 def _policy_batch(run: Any, rollout: Rollout, notes: Notes, gained: Array, kl_factor: Array) -> PolicyBatch:
     mask, old = rollout.tokens.mask, old_logps(rollout, notes)
-    if run.whiten_advantages:
+    if run.whiten_advantages and run.whiten_over == "batch":
         gained = ops.masked_whiten(gained, mask, ddof=run.whiten_ddof)
     importance = None
     if notes.logps is not None and run.importance_cap is not None:
@@ -280,15 +282,31 @@ def _policy_batch(run: Any, rollout: Rollout, notes: Notes, gained: Array, kl_fa
     )
 
 
+def whitening(run: Any) -> Callable[[PolicyBatch], PolicyBatch] | None:
+    """What makes the advantages of a minibatch those of its update, where the run whitens them there."""
+    if getattr(run, "whiten_over", "batch") != "minibatch" or not run.whiten_advantages:
+        return None
+
+    def whiten(batch: PolicyBatch) -> PolicyBatch:
+        gained = ops.masked_whiten(batch.advantages, batch.tokens.mask, ddof=run.whiten_ddof)
+        return dataclasses.replace(batch, advantages=gained)
+
+    return whiten
+
+
 def _compare(run: Any, names: Any, rewards: Array, judged: Judged) -> Array:
-    """Advantages [b] by comparing the rewards of each group; a row that does not apply counts as its group's mean."""
+    """Advantages [b] by comparing the rewards of each group. An advantage function that does not ask which rows apply
+    (`applies`) sees one that does not as its group's mean.
+    """
     groups, applies = rewards.reshape(-1, run.group), judged.applies.reshape(-1, run.group)
     mean = jnp.sum(jnp.where(applies, groups, 0.0), axis=1, keepdims=True) / jnp.maximum(
         applies.sum(1, keepdims=True), 1
     )
     groups = jnp.where(applies, groups, mean)
-    greedy = None if judged.greedy is None else judged.greedy.reshape(-1, run.group)[:, 0]
-    given = run.advantage(groups, greedy) if "greedy" in names else run.advantage(groups)
+    more = {"applies": applies} if "applies" in names else {}
+    if judged.greedy is not None and "greedy" in names:
+        more["greedy"] = judged.greedy.reshape(-1, run.group)[:, 0]
+    given = run.advantage(groups, **more)
     return jnp.where(applies, given, 0.0).reshape(-1)
 
 

@@ -98,7 +98,7 @@ METRICS: dict[str, Definition] = {
         group="approxkl",
     ),
     "policy/clipfrac_avg": Definition(
-        "Share of trained tokens whose clipped surrogate is strictly larger: no gradient (not |ratio − 1| > clip)",
+        "Share of trained tokens whose surrogate is flat: no gradient (not |ratio − 1| > clip); GSPO's by sequences",
         group="share",
     ),
     "policy/entropy_avg": Definition(
@@ -137,6 +137,11 @@ METRICS: dict[str, Definition] = {
     ),
     "sampling/age": Definition(
         "Mean number of iterations between sampling a completion and training on it", "iterations", group="age"
+    ),
+    "sampling/rounds": Definition(
+        "Rounds of sampling for the iteration: with filter_groups, all other metrics describe the groups that are left",
+        "rounds",
+        group="rounds",
     ),
     "pairs/tied": Definition("Share of prompts whose completions score alike, so that no pair is made", group="share"),
     "demonstrations/kept": Definition("Share of prompts whose best completion becomes a demonstration", group="share"),

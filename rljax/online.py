@@ -37,6 +37,7 @@ from rljax import (
     judges,
     methods,
     models,
+    objectives,
     policy,
     program,
     prompts,
@@ -57,7 +58,8 @@ from rljax.types import Mean, Metrics, Params, Tokens
 
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
-HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence", "reward_timeout")
+HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence")
+HARMLESS += ("reward_timeout", "max_rounds")
 HEADLINE = "objective/scores"
 
 
@@ -134,12 +136,13 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     """Policy, prompts, rewards, state on its shardings, compiled functions: each needs those before it."""
     with tracker.phase(f"loading {run.model}"):
         start = program.load_policy(run, mesh)
+        start = start._replace(stop_ids=start.stop_ids + settings.stop_ids(run, start.tokenizer))
         critic = critics.load(run, start, mesh) if isinstance(run, PPO) else None
     train_rows, held_out = program.read_rows(run, start, folder, tracker)
     for rows in (train_rows, held_out):
         data.check(rows, data.prompt_row if run.environment is None else dict)
     asked = () if run.reward is None else rewards.as_rewards(run.reward)
-    rewards.check_fields(asked, prompts.fields(train_rows[:1]))
+    rewards.check_fields(asked, prompts.fields(train_rows))
     asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
     drawn = settings.sampling(run, start.stop_ids)
     method = _method(run, start, critic, drawn)
@@ -265,7 +268,7 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         )
         state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
         tracker.status(f"resumed at step {latest}")
-        queue, progress = jax.tree.map(np.asarray, state.get("queue")), Progress(**progress)
+        queue, progress = judges.local(state.get("queue"), setup.sampler.mesh), Progress(**progress)
         if progress.owed:
             tracker.take_back(latest)
         return State(state["learner"], queue), progress
@@ -306,7 +309,7 @@ def _loop(
 
     at = run.steps if progress.done else int(state.learner.iterations)
     while at < run.steps or progress.owed:
-        written, measured = None, None
+        measured, owed = None, progress.owed  # owed: the evaluation that an earlier start of the run did not get to
         try:
             if not progress.owed:
                 state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
@@ -317,23 +320,31 @@ def _loop(
                     tracker.evidence(at, _evidence(run, setup, state.learner, trace))
                     progress = progress._replace(owed=True)
             if progress.owed:
-                written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
-                progress, measured = evaluation.log(run, written, progress._replace(owed=False), tracker, at)
+                progress, measured = _evaluate(run, setup, state, progress, tracker, at)
         except judges.Leaving:
             save(at)
             return
-        except ValueError:  # a reward that failed, groups without contrast, episodes that all failed
-            save(at)
+        except Exception:  # a reward that failed, groups without contrast, the experiment's own evaluation
+            if not any(x.is_deleted() for x in jax.tree.leaves(state.learner)):
+                save(at)
             raise
-        done = at == run.steps or progress.waited >= (run.patience or np.inf)
-        progress = progress._replace(done=done)
-        if written is not None:
-            evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
         better, leaving = measured is not None and progress.waited == 0, stop.agreed(at) is not None
-        if done or leaving or better or at % run.save_every == 0:
+        done = progress.done
+        if done or leaving or better or owed or at % run.save_every == 0:
             save(at, measured)
         if done or leaving:
             return
+
+
+def _evaluate(
+    run: Sampled, setup: Setup, state: State, progress: Progress, tracker: tracking.Tracker, at: int
+) -> tuple[Progress, dict[str, float] | None]:
+    """Held-out prompts completed, judged, logged and shown; `owed` until all of that is done."""
+    written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
+    progress, measured = evaluation.log(run, written, progress, tracker, at)
+    done = at == run.steps or progress.waited >= (run.patience or np.inf)
+    evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
+    return progress._replace(owed=False, done=done), measured
 
 
 def _rate(setup: Setup, state: State) -> Mean:
@@ -360,12 +371,14 @@ def _advance(
     assert setup.learn is not None
     queue, params = None, learner.train.params
     if sampler.queue is not None:  # rollouts that wait, or are filtered
-        now, rest, draws = collect.collect(sampler, params, state.queue, draws, at)
+        now, rest, drawn = collect.collect(sampler, params, state.queue, draws, at)
+        rounds, draws = drawn - draws, drawn
         rollout, verdict = reference.place((now.rollout, now.verdict), sampler.mesh)
         notes = setup.annotate(params, setup.reference, rollout)
         learner, metrics, trace = setup.learn(learner, rollout, notes, verdict, text, key)
         age = np.asarray(at - now.born, np.float32)
         metrics["sampling/age"] = Mean(total=jnp.asarray(age.sum()), weight=jnp.asarray(float(len(age))))
+        metrics["sampling/rounds"] = Mean(total=jnp.asarray(float(rounds)), weight=jnp.ones(()))
         queue = rest()
     else:
         a_round, draws = collect.begin(sampler, params, draws), draws + 1
@@ -416,7 +429,9 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
         checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids)))
         start = views.decoder_params(setup.learner.train.params)
         checks.append(selfchecks.same_policy(setup.look, start, now.params, rollout))
-        checks.append(selfchecks.first_surrogate(run))
+        checks.append(selfchecks.same_ratios(now, setup.look, setup.method.look, setup.learner.train.params, rollout))
+        if isinstance(run, PPO | PolicyGradient) and objectives.is_ratio_loss(run.loss):
+            checks.append(selfchecks.first_surrogate(run))
     return checks
 
 

@@ -16,10 +16,10 @@ from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient
 
 # Ziegler et al. 2019 (arXiv:1909.08593) and the code released with it: TF1 Adam, KL in the reward with the adaptive
 # controller (target 6 nats, from 0.15, horizon 10 000), rewards whitened without their mean, biased variances, T = 0.7,
-# −1 for a completion without an end, a value head that starts at 0 on a network of its own, one minibatch, 4 epochs.
+# −1 for a completion without an end, a value head that starts at 0 on the policy's trunk, one minibatch, 4 epochs.
 ppo_ziegler2019 = functools.partial(
     PPO,
-    optimizer=functools.partial(train.tf1_adam, eps=1e-8),
+    optimizer=functools.partial(train.tf1_adam, eps=1e-5),
     learning_rate=1e-5,
     clip_norm=None,
     schedule=train.linear,
@@ -35,7 +35,7 @@ ppo_ziegler2019 = functools.partial(
     whiten_rewards=True,
     whiten_advantages=True,
     whiten_ddof=0,
-    critic="policy",
+    critic="shared",
     missing_eos_score=-1.0,
 )
 
@@ -57,7 +57,8 @@ ppo_stiennon2020 = functools.partial(
     whiten_ddof=0,
 )
 
-# InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): β = 0.02, weights averaged with decay 0.992, and with
+# InstructGPT (Ouyang et al. 2022, arXiv:2203.02155): β = 0.02, weights averaged with decay 0.992, the critic starts
+# from the reward model (give its folder as `critic`), and with
 # `pretrain_data` PPO-ptx with γ = 27.8; one inner epoch over 8 minibatches (512 in 64s)†, clip 0.2†, no discount†,
 # 9e-6 after a short warm-up†.
 ppo_instructgpt = functools.partial(
@@ -178,7 +179,8 @@ dr_grpo = functools.partial(
 )
 
 # Yu et al. 2025 (arXiv:2503.14476): clip-higher 0.2 / 0.28, dynamic sampling, a mean over all tokens, soft overlong
-# punishment (set overlong_buffer to a fifth of max_completion: 4 096 of 20 480 in the paper), no KL, 16 completions.
+# punishment (set overlong_buffer to a fifth of max_completion: 4 096 of 20 480 in the paper), no KL, 16 completions,
+# 16 updates a rollout.
 dapo = functools.partial(
     PolicyGradient,
     loss=functools.partial(losses.ppo_clip_loss, clip_low=0.2, clip_high=0.28),
@@ -187,10 +189,12 @@ dapo = functools.partial(
     group=16,
     filter_groups=True,
     overlong_buffer=32,
+    minibatches=16,
     learning_rate=1e-6,
 )
 
-# Zheng et al. 2025 (arXiv:2507.18071): one ratio per completion, clipped to [1 − 3e-4, 1 + 4e-4]; four minibatches.
+# Zheng et al. 2025 (arXiv:2507.18071): one ratio per completion, clipped to [1 − 3e-4, 1 + 4e-4]; four minibatches. So
+# narrow a range would clip the rounding of the sampler's log-probabilities in bfloat16: the trainer's are the old ones.
 gspo = functools.partial(
     PolicyGradient,
     loss=functools.partial(losses.gspo_loss, clip_low=3e-4, clip_high=4e-4),
@@ -198,6 +202,7 @@ gspo = functools.partial(
     aggregate="seq_mean_token_mean",
     group=8,
     minibatches=4,
+    old_logps="trainer",
     learning_rate=1e-6,
 )
 

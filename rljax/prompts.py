@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from rljax import data, policy
 from rljax.types import Tokens
+
+FIRST = 20_000  # rows that are looked at before the run; of a larger data set it would take too long
 
 
 class Prompts(NamedTuple):
@@ -19,6 +22,7 @@ class Prompts(NamedTuple):
     ids: Callable[[int], np.ndarray]  # of row i
     width: int  # of all batches
     batch: Callable[[int], np.ndarray]  # number of a batch -> row indices of this process's share
+    fields: tuple[str, ...]  # names, beside the prompt; a row may lack some of them
 
 
 def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
@@ -29,11 +33,11 @@ def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
         example = read(index)
         return np.zeros(0, np.int32) if example is None else example.ids
 
-    counted = range(len(rows)) if len(rows) <= 20_000 and run.environment is None else ()
+    counted = range(len(rows)) if len(rows) <= FIRST and run.environment is None else ()
     longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
     width = -(-longest // policy.BUCKET) * policy.BUCKET
     indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
-    return Prompts(rows, ids, width, lambda number: indices(step=number))
+    return Prompts(rows, ids, width, lambda number: indices(step=number), fields(rows))
 
 
 def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Tokens:
@@ -42,5 +46,5 @@ def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Token
 
 
 def fields(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The names of the data's fields beside the prompt."""
-    return tuple(dict.fromkeys(name for row in rows for name in row if name != "prompt"))
+    """The names of the data's fields beside the prompt: all that occur in its first 20 000 rows."""
+    return tuple(dict.fromkeys(name for row in itertools.islice(rows, FIRST) for name in row if name != "prompt"))

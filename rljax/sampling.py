@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from rljax import filters
 from rljax.filters import filter_logits
@@ -23,9 +25,6 @@ BLOCK = 128  # tokens of the vocabulary that share a sum when one is drawn
 REFILL = 4  # slots are refilled when one in so many is free
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots")
-)
 def generate(
     model: LanguageModel,
     params: Params,
@@ -56,15 +55,59 @@ def generate(
     slots: how many rows are written at once, a multiple of n; None writes all. With fewer slots than rows, those whose
       rows have stopped get the next prompts, a quarter of the slots at a time, and the tokens are the same ones.
     """
-    rows = prompts.ids.shape[0] * n
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if n < 1:
         raise ValueError(f"n must be at least 1 sample of each prompt, got {n}")
     if slots is not None and (slots < 1 or slots % n):
         raise ValueError(f"slots={slots} must be a positive multiple of n={n}: the samples of a prompt start together")
+    numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+    known = {name: _known(number) for name, number in numbers.items()}
+    filters.check(**known, top_k=top_k, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
+    return _generate(
+        model,
+        params,
+        prompts,
+        key,
+        **numbers,
+        max_new_tokens=max_new_tokens,
+        n=n,
+        top_k=top_k,
+        min_new_tokens=min_new_tokens,
+        stop_ids=stop_ids,
+        slots=slots,
+    )
+
+
+def _known(number: Any) -> Any:
+    """A number that has a value now as one of Python's; what is traced, or one a row, as it is."""
+    if number is None or isinstance(number, Tracer) or np.ndim(number):
+        return number
+    return float(number)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots")
+)
+def _generate(
+    model: LanguageModel,
+    params: Params,
+    prompts: Tokens,
+    key: Array,
+    *,
+    max_new_tokens: int,
+    n: int,
+    temperature: float | Array,
+    top_k: int | None,
+    top_p: float | Array | None,
+    min_p: float | Array | None,
+    min_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    slots: int | None,
+) -> Rollout:
+    """`generate`, compiled; its numbers are checked before, since here they are traced."""
+    rows = prompts.ids.shape[0] * n
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    filters.check(**settings, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
     if jax.default_backend() == "cpu":
         params = unstack(params)  # else XLA copies each layer's slice at every token; on accelerators memory is dearer
     task = _Task(

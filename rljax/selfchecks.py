@@ -16,8 +16,10 @@ from rljax.filters import Sampling
 from rljax.logprobs import token_logps
 from rljax.policy import Policy
 from rljax.types import Metrics, PreferenceBatch, Rollout, Tokens
+from rljax.views import decoder_params
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.05}  # nats a token, between two ways to compute it
+VISIBLE = 0.01  # nats a token: a part of a clip range of 0.2 that one would rather not give away
 
 
 class Check(NamedTuple):
@@ -119,7 +121,10 @@ def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) 
     logps = jax.jit(functools.partial(token_logps, policy.model, sampling=sampling))
     trained = logps(policy.params, rollout.tokens)
     worst = float(np.abs(np.asarray(trained) - np.where(rollout.tokens.mask, rollout.logps, 0)).max(initial=0))
-    return _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
+    check = _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
+    if worst > VISIBLE:
+        return check._replace(said=f"{check.said}; old_logps='trainer' keeps that out of the ratios")
+    return check
 
 
 def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...], *, single_turn: bool = True) -> Check:
@@ -148,18 +153,34 @@ def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...], 
 
 
 def same_policy(look: Callable[[Any, Tokens], jax.Array], params: Any, reference: Any, rollout: Rollout) -> Check:
-    """The policy is still the reference, so KL is exactly 0 and every ratio exactly 1 (at any temperature): both sides
-    are computed by the trainer, with the run's own temperature and filters.
+    """The policy is still the reference, so KL is exactly 0 (at any temperature): both sides are computed by the
+    trainer, with the run's own temperature and filters.
     """
     tokens = jax.tree.map(jnp.asarray, rollout.tokens)
-    now, again, ref = (np.asarray(look(p, tokens)) for p in (params, params, reference))
-    kl, ratio = float((now - ref).sum(1).mean()), np.exp(now - again)
-    exact = (now == ref).all() and (ratio == 1).all()
+    now, ref = (np.asarray(look(p, tokens)) for p in (params, reference))
+    kl, ratio = float((now - ref).sum(1).mean()), np.exp(now - ref)
+    exact = bool((now == ref).all())
     worst = float(np.abs(now - ref).max())
     why = "" if exact else f": the weights of policy and reference differ (by {worst:.1e} nats at some token)"
     return Check(
         exact, f"policy = reference: KL of a first rollout {kl:g}, ratios {ratio.min():g} to {ratio.max():g}{why}"
     )
+
+
+def same_ratios(
+    policy: Policy,
+    look: Callable[[Any, Tokens], jax.Array],
+    learns: Callable[[Any, Tokens], Any],
+    params: Any,
+    rollout: Rollout,
+) -> Check:
+    """What the update differentiates (with its critic, entropy, …) starts at the log-probabilities that are taken for
+    the old ones, so that its first ratios are 1 to rounding.
+    """
+    tokens = jax.tree.map(jnp.asarray, rollout.tokens)
+    old = np.asarray(look(decoder_params(params), tokens))
+    now = np.asarray(jax.jit(lambda p, t: learns(p, t).logps)(params, tokens))
+    return _within(policy, float(np.abs(now - old).max(initial=0)), "log-probabilities by the update and before it")
 
 
 def first_surrogate(run: Any) -> Check:
@@ -181,12 +202,15 @@ def _within(policy: Policy, worst: float, what: str) -> Check:
 
 
 def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
-    """The schedule is as long as the run."""
+    """The schedule is finite, and said to end where the run does (one that goes on may be meant to)."""
     rates = np.asarray([schedule(int(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
-    low, high, end = rates[0], rates.max(), rates[-1]
-    said = f"learning rate over {steps} updates: {low:.2e} at first, {high:.2e} at most, {end:.2e} at last"
+    low, high, last = rates[0], rates.max(), rates[-1]
+    said = f"learning rate over {steps} updates: {low:.2e} at first, {high:.2e} at most, {last:.2e} at last"
     if not np.isfinite(rates).all() or (rates < 0).any():
         return Check(False, f"{said}: it must be finite and not negative")
+    end, after = np.asarray([schedule(steps), schedule(2 * steps)])
+    if abs(after - end) > 1e-5 * high:
+        said += f"; the schedule goes on after the run, to {after:.2e} in as many more: is it meant for a longer one?"
     return Check(rates.max() > 0, said if rates.max() > 0 else f"{said}: nothing would be learned")
 
 

@@ -38,6 +38,7 @@ class Sampled(Run):
     top_p: float | None = None
     min_p: float | None = None
     min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()  # further texts of one token that end a completion, beside the checkpoint's own
 
     epochs: int = 1  # passes over the rollouts of an iteration
     minibatches: int = 1  # updates per pass
@@ -83,12 +84,13 @@ class PPO(Sampled):
     lam: float = 0.95
     whiten_rewards: bool = False  # without shifting the mean
     whiten_advantages: bool = True
+    whiten_over: Literal["batch", "minibatch"] = "batch"  # advantages; OpenAI's code does it in each update
     whiten_ddof: int = 1  # 0: OpenAI's biased variance
     target_kl: float | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
 
     kl_reward: float = 0.05
     epochs: int = 4
-    ema: float | None = None  # decay of an average of the policy's weights, which is what is exported
+    ema: float | None = None  # decay of an average of the policy's weights, which is what is evaluated and exported
     pretrain_data: str | None = None  # {"text"} rows: PPO-ptx
     pretrain_coef: float = 27.8
     pretrain_batch: int = 8  # rows of max_prompt + max_completion tokens beside the rollouts of an iteration
@@ -105,6 +107,7 @@ class PolicyGradient(Sampled):
     aggregate: str = "seq_mean_token_mean"
     entropy_coef: float = 0.0
     whiten_advantages: bool = False
+    whiten_over: Literal["batch", "minibatch"] = "batch"
     whiten_ddof: int = 1
     target_kl: float | None = None
     ema: float | None = None
@@ -134,11 +137,30 @@ def sampling(run: Sampled, stop_ids: tuple[int, ...]) -> Sampling:
     return Sampling(**{name: getattr(run, name) for name in names}, stop_ids=stop_ids)
 
 
+def stop_ids(run: Sampled, tokenizer: Any) -> tuple[int, ...]:
+    """The ids of `stop`; a ValueError for a text that is not one token."""
+    found = []
+    for text in run.stop:
+        known = tokenizer.get_vocab().get(text)
+        ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
+        if len(ids) != 1:
+            raise ValueError(
+                f"stop={text!r} is {len(ids)} tokens to this tokenizer ({tokenizer.convert_ids_to_tokens(ids)}), and a "
+                "completion ends at one: name one of them as it stands there"
+            )
+        found.append(ids[0])
+    return tuple(found)
+
+
 def check(run: Sampled) -> None:
     """Raise ValueError for settings of online runs that cannot work, before anything is loaded."""
-    for name in ("group", "epochs", "minibatches", "max_rounds"):
-        if getattr(run, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
+    for least, names in ((1, ("group", "epochs", "minibatches", "max_rounds")), (0, ("lag", "max_age"))):
+        for name in names:
+            if getattr(run, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(run, name)}")
+    if run.normalize_reference < 0:
+        raise ValueError(f"normalize_reference={run.normalize_reference} must be a number of samples, or 0 for none")
+    _check_unused(run)
     if (run.reward is None) == (run.environment is None):
         raise ValueError(
             "give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two"
@@ -164,6 +186,9 @@ def check(run: Sampled) -> None:
         raise ValueError("lag lets all rollouts wait, filter_groups with max_age the leftover ones: set one of them")
     if run.old_logps not in ("sampler", "trainer"):
         raise ValueError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
+    over = getattr(run, "whiten_over", "batch")
+    if over not in ("batch", "minibatch"):
+        raise ValueError(f"whiten_over must be 'batch' or 'minibatch', got {over!r}")
     if run.importance_cap is not None and run.old_logps != "trainer":
         raise ValueError(
             "importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'"
@@ -172,8 +197,11 @@ def check(run: Sampled) -> None:
         raise ValueError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
     if run.kl_target is not None and not run.kl_target > 0:
         raise ValueError(f"kl_target must be above 0 nats a sequence, got {run.kl_target}; None keeps the KL fixed")
-    if run.overlong_buffer is not None and run.overlong_buffer < 1:
-        raise ValueError(f"overlong_buffer must be 1 token or more, got {run.overlong_buffer}; None leaves it out")
+    if run.overlong_buffer is not None and not 1 <= run.overlong_buffer < run.max_completion:
+        raise ValueError(
+            f"overlong_buffer={run.overlong_buffer} must be 1 token or more and less than max_completion="
+            f"{run.max_completion}, else every completion is punished (a fifth of it in the paper); None leaves it out"
+        )
     if isinstance(run, PPO) and run.pretrain_data and run.pretrain_batch % (run.minibatches * run.microbatches):
         raise ValueError(
             f"pretrain_batch={run.pretrain_batch} rows cannot be cut into minibatches={run.minibatches} × "
@@ -183,3 +211,23 @@ def check(run: Sampled) -> None:
         raise ValueError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
     if run.environment is not None and getattr(run, "advantage", None) is advantages.greedy_baseline:
         raise ValueError("an environment has no greedy completions to compare with: choose another advantage")
+
+
+def _check_unused(run: Sampled) -> None:
+    """Raise ValueError for settings that nothing would come of."""
+    kind = type(run).__name__
+    if isinstance(run, OnlinePreference | Imitation):
+        for name in ("kl_reward", "kl_loss", "kl_target", "importance_cap"):
+            if getattr(run, name):
+                raise ValueError(f"{name}={getattr(run, name)} has no effect on {kind}, which has no policy gradient")
+    if run.max_age and not run.filter_groups:
+        raise ValueError(f"max_age={run.max_age} is for groups that filter_groups leaves over: set that too")
+    if run.turn_tokens is not None and run.environment is None:
+        raise ValueError(f"turn_tokens={run.turn_tokens} is for the turns of an environment: set max_completion")
+    if run.environment is not None and not isinstance(run.environment, Environment):
+        raise ValueError(
+            f"environment is a rljax.environments.Environment(reset, step, max_turns=…), not {run.environment!r}"
+        )
+    advantage = getattr(run, "advantage", None)
+    if getattr(advantage, "func", advantage) is advantages.group_relative and run.group == 1 and not run.filter_groups:
+        raise ValueError("group=1: a completion alone in its group has the advantage 0, nothing would be learned")

@@ -118,14 +118,18 @@ class Tracker:
         self._pending = (step, before | named, tokens if counted is None else counted + (tokens or 0))
 
     def take_back(self, step: int) -> None:
-        """Go on with the record of `step`, the last one: what is logged of that step yet becomes a part of it."""
+        """Go on with the record of `step`, the last one: what is logged of that step yet becomes a part of it.
+
+        What an evaluation that was cut short has left of it is dropped: its metrics and its samples.
+        """
         self._last_step = step - 1
         if not self._writes:
             return
+        truncate_after(self.folder / "samples.jsonl", step - 1)
         records = [(row, end) for row, end in _rows(self.folder / "metrics.jsonl") if row["step"] <= step]
         if records and records[-1][0]["step"] == step:
             before = {name: math.nan if value is None else value for name, value in records[-1][0].items()}
-            before.pop("step")
+            before = {name: v for name, v in before.items() if name != "step" and not name.startswith("eval/")}
             self._pending = (step, before, None)
             self._taken = records[-2][1] if len(records) > 1 else 0
 

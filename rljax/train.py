@@ -58,7 +58,11 @@ def update_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, mic
         scale = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Params = optax.apply_updates(state.params, updates)  # pyright: ignore[reportAssignmentType]
+        params = optax.apply_updates(state.params, updates)
+        # Nothing to learn from (no token is trained): momentum and weight decay must not move the weights either.
+        params, opt_state = jax.tree.map(
+            functools.partial(jnp.where, loss.weight != 0), (params, opt_state), (state.params, state.opt_state)
+        )
         norm = Mean(total=optax.tree.norm(grads), weight=jnp.ones(()))
         return (
             TrainState(step=state.step + 1, params=params, opt_state=opt_state),
@@ -69,7 +73,12 @@ def update_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, mic
 
 
 def epochs_step(
-    update: Update, *, epochs: int, minibatches: int, target_kl: float | None = None
+    update: Update,
+    *,
+    epochs: int,
+    minibatches: int,
+    target_kl: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
     """(state, batch, key) -> (state, metrics): `epochs` passes over the batch, each in a fresh permutation of its rows
     cut into `minibatches` updates (Schulman et al. 2017, Algorithm 1; Huang et al. 2022, "37 details", 6).
@@ -77,13 +86,14 @@ def epochs_step(
     update: from `update_step`. Metrics are merged over all updates. target_kl: once a minibatch's
       `policy/approxkl_avg` (measured before its own update) exceeds it, the updates that are left are skipped; the
       metric `policy/updates` counts those that were made.
+    prepare: what is done to a minibatch before its update (`methods.whitening`).
     All leaves of the batch with the same number of rows are permuted alike. A batch used whole is not permuted.
     """
     if epochs < 1 or minibatches < 1:
         raise ValueError(f"epochs={epochs} and minibatches={minibatches} must be at least 1")
 
     def counted(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        state, metrics = update(state, batch)
+        state, metrics = update(state, batch if prepare is None else prepare(batch))
         return state, {**metrics, "policy/updates": Mean(total=jnp.ones(()), weight=jnp.zeros(()))}
 
     def run(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Metrics]:

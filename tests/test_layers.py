@@ -25,7 +25,7 @@ LEVELS = [
     {"environments"},
     {"report", "program", "selfchecks", "iteration"},
     {"prompts"},
-    {"judges", "settings", "evidence"},
+    {"judges", "settings", "episodes", "evidence"},
     {"presets", "collect", "evaluation"},
     {"offline", "online"},
     {"cli"},
@@ -46,6 +46,7 @@ ONLY_IN = {
     "tensorboardX": {"tracking"},
     "wandb": {"tracking"},
     "sacrebleu": {"rewards"},
+    "regex": {"rewards"},
     "rouge_score": {"rewards"},
     "vaderSentiment": {"rewards"},
 }

@@ -370,7 +370,7 @@ def test_reinforce_plus_plus_adds_up_what_is_to_come_and_whitens_over_the_batch(
 
 
 def test_rows_without_a_reward_leave_their_group_to_the_others():
-    """None counts as the mean of the others: it moves nothing, and trains nothing."""
+    """None moves nothing and trains nothing; to a function that does not ask, it counts as the mean of the others."""
     total = GROUPS.copy()
     total[0, 3] = total[2, :3] = np.nan
     batch, metrics, _, _ = group_batch(total, advantage=DR_GRPO)
@@ -378,6 +378,13 @@ def test_rows_without_a_reward_leave_their_group_to_the_others():
     assert mask.any(1).tolist() == [True, True, True, False, True, True, True, True, False, False, False, True]
     rows = np.asarray([row[where][0] if where.any() else 0 for row, where in zip(batch.advantages, mask, strict=True)])
     np.testing.assert_allclose(rows, [-1, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0], atol=1e-6)
+    for advantage in (GRPO, advantages.leave_one_out, lambda rewards: rewards - rewards.mean(1, keepdims=True)):
+        some, _, _, _ = group_batch(total, advantage=advantage)
+        firsts = np.asarray(
+            [row[where][0] if where.any() else 0 for row, where in zip(some.advantages, mask, strict=True)]
+        )
+        three = advantage(jnp.asarray(total[:1, :3]))[0]
+        np.testing.assert_allclose(firsts, [*three, *[0] * 9], rtol=1e-5, atol=1e-6)
     assert np.isfinite(np.asarray(batch.advantages)).all()
     # lengths are those of all completions; the one reward of the third group has nothing to differ from
     assert metrics["completions/mean_length"] == pytest.approx(sum(LENGTHS) / 12)
@@ -500,6 +507,37 @@ def test_pairs_are_the_best_against_the_worst():
     alone, _ = method.loss_fn(method.params, kept)
     assert float(loss.total) == pytest.approx(float(alone.total), rel=1e-5)
     assert all(np.isfinite(float(mean.total)) for mean in found.values())
+
+
+@pytest.mark.parametrize("drawn", [{"temperature": 0.5}, {"top_k": 20}, {"top_p": 0.9}, {"min_new_tokens": 3}])
+def test_pairs_are_seen_through_the_distribution_that_they_were_drawn_from(drawn):
+    """Policy = reference, so log-ratios are 0 and the loss is ln 2, at any temperature, with any filter (TRAPS 20)."""
+    run = settings.OnlinePreference(**COMMON | {"batch": 2, "old_logps": "trainer"} | drawn)
+    method = methods.preference(run, tiny.bigram(), tiny.bigram_params(), settings.sampling(run, (0,)))
+    rollout = tiny.rollout((6, 2, 3, 4), (4, 4, 1, 1))
+    about = method.annotate(method.params, method.params, rollout)
+    pairs, _, _ = learn_from(method, run, rollout, about, verdict([1.0, 2.0, 0.5, 0.0]))
+    loss, metrics = method.loss_fn(method.params, pairs)
+    assert float(loss.value()) == pytest.approx(np.log(2), abs=1e-6)
+    assert float(metrics["rewards/margins"].value()) == pytest.approx(0, abs=1e-6)
+
+
+def test_advantages_may_be_whitened_in_each_minibatch():
+    """OpenAI's code does: mean 0, variance 1 over the tokens of an update, not of the batch."""
+    run = ppo_run(whiten_over="minibatch", kl_reward=0.0)
+    rollout, about = tiny.rollout(), notes(tiny.rollout())
+    batch, _, _ = learn_from(ppo_method(run), run, rollout, about, verdict())
+    plain, _, _ = learn_from(
+        ppo_method(ppo_run(whiten_advantages=False, kl_reward=0.0)), run, rollout, about, verdict()
+    )
+    np.testing.assert_array_equal(batch.advantages, plain.advantages)
+    half = jax.tree.map(lambda x: x[:2], batch)
+    made = methods.whitening(run)(half)
+    inside = np.asarray(made.advantages)[np.asarray(half.tokens.mask)]
+    assert inside.mean() == pytest.approx(0, abs=1e-5)
+    assert inside.std(ddof=1) == pytest.approx(1, rel=1e-4)
+    assert methods.whitening(ppo_run()) is None
+    assert methods.whitening(settings.Imitation(**COMMON)) is None
 
 
 def test_pairs_with_averaged_log_probabilities():

@@ -49,6 +49,8 @@ TABLE = [
         "losses.clip_fraction",
         ("clipped > plain", "clipped < plain"),
         ("clipped > plain", "clipped >= plain"),
+        ("advantages < 0", "advantages > 0"),
+        ("ratio > dual_clip", "ratio < dual_clip"),
         ("1.0 + clip_high", "9.0", "_terms"),
     ),
     *mutations(
@@ -60,11 +62,17 @@ TABLE = [
     *mutations("losses.reinforce_loss", ("-as_float", "as_float"), (" * ", " + ")),
     *mutations(
         "losses.gspo_loss",
-        ("sequence_mean(difference, mask)", "jnp.sum(difference, axis=1)"),
+        ("sequence_mean(difference, mask)", "jnp.sum(difference, axis=1)", "_sequence_ratio"),
         ("jnp.maximum", "jnp.minimum"),
         ("return zero_where_masked(loss, mask)", "return loss + 1"),
-        ("as_float(logps) - as_float(old_logps)", "as_float(old_logps) - as_float(logps)"),
+        ("as_float(logps) - as_float(old_logps)", "as_float(old_logps) - as_float(logps)", "_sequence_ratio"),
         ("1.0 - clip_low", "1.0 + clip_low", "_terms"),
+    ),
+    *mutations(
+        "losses.gspo_clip_fraction",
+        ("clipped > plain", "clipped < plain"),
+        ("clipped > plain", "clipped >= plain"),
+        ("sequence_mean(difference, mask)", "jnp.sum(difference, axis=1)", "_sequence_ratio"),
     ),
     *mutations("losses.value_clip_loss", ("0.5 * ", ""), ("jnp.maximum", "jnp.minimum"), ("-clip, clip", "0, clip")),
     *mutations(
@@ -214,14 +222,22 @@ TABLE = [
     ),
     *mutations(
         "advantages.group_relative",
-        ("rewards - jnp.mean", "rewards + jnp.mean"),
+        ("rewards - mean", "rewards + mean"),
+        ("jnp.maximum(n, 1)", "rewards.shape[1]"),
         ("n - ddof", "n"),
         ("+ eps", ""),
         ("+ eps", "+ 1e-4"),
         ("if not divide_by_std", "if divide_by_std"),
         ("centred / (jnp.sqrt(jnp.where(varied, variance, 1.0))", "centred / (jnp.where(varied, variance, 1.0)"),
     ),
-    *mutations("advantages.leave_one_out", ("(n - 1)", "n"), ("keepdims=True) - rewards", "keepdims=True)")),
+    *mutations(
+        "advantages.leave_one_out",
+        ("jnp.maximum(n - 1, 1)", "n"),
+        ("jnp.maximum(n - 1, 1)", "(rewards.shape[1] - 1)"),
+        ("keepdims=True) - rewards", "keepdims=True)"),
+        ("applies & (n > 1)", "n > 1"),
+        ("applies & (n > 1)", "applies"),
+    ),
     *mutations(
         "advantages.greedy_baseline", ("- as_float(greedy)", "+ as_float(greedy)"), ("as_float(rewards) -", "-")
     ),

@@ -242,6 +242,11 @@ def test_what_is_exported_is_the_average(finished, stories, tmp_path):
         np.testing.assert_array_equal(a, b)
     assert cli.main(["sample", str(run), "--prompt", "Once", "--max-new-tokens", "3"]) == 0
     assert experiment.ema == 0.9
+    shown = [row for row in tracking.read_rows(run / "samples.jsonl") if row["phase"] == "after"]  # it was evaluated
+    asked = [row["prompt"] for row in shown]
+    now = policy.load(str(tmp_path / "exported"), dtype="float32")
+    made = policy.complete(now, asked, jax.random.key(0), max_new_tokens=6, batch=4, max_prompt=32)
+    assert made.texts == [row["completion"] for row in shown]
 
 
 @pytest.mark.slow
@@ -250,7 +255,7 @@ def test_selfcheck_says_what_it_found(finished, tmp_path, capsys):
     before = metrics_of(run)
     assert online.selfcheck(dataclasses.replace(experiment, out=str(tmp_path), temperature=0.7)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("✓") == 7
+    assert said.count("✓") == 8
     assert "KL of a first rollout 0, ratios 1 to 1" in said
     assert "learning rate over 16 updates" in said
     assert "⟦" in said
@@ -318,6 +323,65 @@ def test_trouble_of_any_kind_costs_no_bit(finished, settings, trouble, tmp_path,
     if message:
         assert message in said
     same_run(tmp_path / "run", finished[1])
+
+
+class Killed(BaseException):
+    """What no handler of errors sees."""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_owed_is_paid_once(finished, settings, trouble, tmp_path, monkeypatch):
+    """Cut short, made up for, and the run killed before its next regular checkpoint: nothing is twice, nothing lost."""
+    experiment = ppo(settings, tmp_path, save_every=100)
+    trouble(4, "raise")
+    with pytest.raises(rewards.RewardError):
+        online.run(experiment)
+    trouble(None, "")
+    advance = online._advance
+
+    def killed(run, setup, state, progress, at):
+        if at == 3:
+            raise Killed
+        return advance(run, setup, state, progress, at)
+
+    monkeypatch.setattr(online, "_advance", killed)
+    with pytest.raises(Killed):
+        online.run(experiment)
+    monkeypatch.undo()
+    assert online.run(experiment) == 0
+    same_run(tmp_path / "run", finished[1])
+
+
+class Measured:
+    raises = False
+
+
+def measured(policy, reference, key):
+    if Measured.raises:
+        raise ZeroDivisionError("nothing to divide by")
+    return online.Evaluation({"my/own": 1.0}, [])
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_ones_own_that_raises_loses_nothing(settings, tmp_path, monkeypatch):
+    for name in ("whole", "failed"):
+        experiment = ppo(settings, tmp_path / name, evaluate=measured, save_every=100, steps=3)
+        if name == "failed":
+            begin = online._begin
+
+            def begun(*args, begin=begin):
+                found = begin(*args)
+                Measured.raises = True
+                return found
+
+            monkeypatch.setattr(online, "_begin", begun)
+            with pytest.raises(ZeroDivisionError):
+                online.run(experiment)
+            monkeypatch.undo()
+            Measured.raises = False
+            assert [p.name for p in (tmp_path / name / "run" / "checkpoints").iterdir()] == ["3"]
+        assert online.run(experiment) == 0
+    same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
 
 
 @pytest.mark.slow

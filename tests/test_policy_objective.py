@@ -10,7 +10,7 @@ import pytest
 
 from rljax import losses, models, objectives, views
 from rljax.filters import Sampling
-from rljax.objectives.online import clip_bounds, surrogate_inputs
+from rljax.objectives.online import clipped_tokens, is_ratio_loss, surrogate_inputs
 from tests import tiny
 
 LOOK = {"sampling": Sampling(), "max_trained": 12}
@@ -185,12 +185,21 @@ def lambda_named(name):
 
 
 def test_clip_fractions_only_where_tokens_are_clipped():
-    """With the bounds that are set; not for losses without them, or that clip sequences."""
-    assert clip_bounds(losses.ppo_clip_loss) == {"clip_low": 0.2, "clip_high": 0.2}
-    assert clip_bounds(functools.partial(losses.ppo_clip_loss, clip_high=0.28)) == {"clip_low": 0.2, "clip_high": 0.28}
-    assert clip_bounds(functools.partial(losses.ppo_clip_loss, clip_low=0.0)) == {"clip_low": 0.0, "clip_high": 0.2}
-    assert clip_bounds(functools.partial(losses.gspo_loss, clip_low=3e-4, clip_high=4e-4)) is None
-    assert clip_bounds(losses.reinforce_loss) is None
+    """With the bounds that are set; GSPO's by sequences; not for losses that drop no gradient, or are unknown."""
+    logps, old = jnp.log(jnp.asarray([[1.25, 1.0, 3.5]])), jnp.zeros((1, 3))
+    gained, mask = jnp.asarray([[1.0, 1.0, -1.0]]), jnp.ones((1, 3), bool)
+
+    def flat(loss, **options):
+        return clipped_tokens(functools.partial(loss, **options))(logps, old, gained, mask).tolist()
+
+    assert flat(losses.ppo_clip_loss) == [[1, 0, 0]]
+    assert flat(losses.ppo_clip_loss, clip_high=0.28) == [[0, 0, 0]]
+    assert flat(losses.ppo_clip_loss, dual_clip=3.0) == [[1, 0, 1]]
+    assert flat(losses.gspo_loss, clip_low=3e-4, clip_high=4e-4) == [[1, 1, 0]]  # one ratio, 1.6
+    assert clipped_tokens(functools.partial(losses.cispo_loss, clip_low=1.0, clip_high=4.0)) is None
+    assert clipped_tokens(losses.reinforce_loss) is None
+    assert not is_ratio_loss(functools.partial(losses.cispo_loss, clip_low=1.0, clip_high=4.0))
+    assert is_ratio_loss(functools.partial(losses.ppo_clip_loss, clip_low=0.1))
     for loss, there in ((losses.reinforce_loss, False), (losses.ppo_clip_loss, True)):
         _, metrics = objectives.policy(views.of_policy(tiny.bigram(), **LOOK), loss)(
             tiny.bigram_params(), tiny.rollouts()

@@ -64,6 +64,7 @@ def test_there_is_a_preset_for_every_algorithm_that_is_named():
                 "whiten_ddof": 0,
                 "missing_eos_score": -1.0,
                 "entropy_coef": 0.0,
+                "critic": "shared",
             },
         ),
         ("ppo_stiennon2020", {"kl_reward": 0.05, "kl_target": None, "epochs": 4, "gamma": 1.0, "lam": 0.95}),
@@ -89,8 +90,8 @@ def test_there_is_a_preset_for_every_algorithm_that_is_named():
         ("reinforce_plus_plus", {"advantage": advantages.reward_to_go, "whiten_advantages": True, "group": 1}),
         ("grpo", {"kl_loss": 0.04, "kl_loss_estimator": "k3", "aggregate": "seq_mean_token_mean", "kl_reward": 0.0}),
         ("dr_grpo", {"kl_loss": 0.0, "aggregate": "constant"}),
-        ("dapo", {"kl_loss": 0.0, "aggregate": "token_mean", "filter_groups": True, "group": 16}),
-        ("gspo", {"aggregate": "seq_mean_token_mean", "minibatches": 4, "kl_loss": 0.0}),
+        ("dapo", {"kl_loss": 0.0, "aggregate": "token_mean", "filter_groups": True, "group": 16, "minibatches": 16}),
+        ("gspo", {"aggregate": "seq_mean_token_mean", "minibatches": 4, "kl_loss": 0.0, "old_logps": "trainer"}),
         ("cispo", {"aggregate": "token_mean", "kl_loss": 0.0}),
         ("online_dpo", {"group": 2}),
         ("expert_iteration", {"threshold": 0.0}),
@@ -122,8 +123,9 @@ def test_bounds_and_advantages_of_the_group_methods():
 
 
 def test_optimizers_of_the_ppo_papers():
-    """TF1-style Adam where OpenAI's code of 2019 and 2020 had it (TRAPS 30), ε = 1e-5 in 2403.17031."""
+    """TF1-style Adam where OpenAI's code of 2019 and 2020 had it (TRAPS 30), ε = 1e-5 there and in 2403.17031."""
     assert made("ppo_ziegler2019").optimizer.func is train.tf1_adam
+    assert made("ppo_ziegler2019").optimizer.keywords["eps"] == 1e-5
     assert made("ppo_stiennon2020").optimizer.func is train.tf1_adam
     assert made("ppo_huang2024").optimizer.keywords["eps"] == 1e-5
     run = cli.with_options(made("ppo_huang2024"), ["--optimizer.eps", "1e-8", "--value_loss.clip", "0.0"])
@@ -176,8 +178,18 @@ def test_unknown_options_are_errors(option, capsys):
         ("PolicyGradient", {"group": 1, "filter_groups": True}, "set group to 2 or more"),
         ("PolicyGradient", {"lag": 1, "filter_groups": True}, "set one of them"),
         ("PolicyGradient", {"batch": 1, "group": 8, "microbatches": 3}, "8 rows an iteration"),
-        ("PolicyGradient", {"overlong_buffer": 0}, "overlong_buffer must be"),
+        ("PolicyGradient", {"overlong_buffer": 0}, "overlong_buffer=0 must be 1 token or more"),
+        ("PolicyGradient", {"overlong_buffer": 64, "max_completion": 64}, "less than max_completion=64"),
+        ("PolicyGradient", {"group": 1}, "alone in its group has the advantage 0"),
+        ("PolicyGradient", {"max_age": 2}, "is for groups that filter_groups leaves over"),
+        ("PolicyGradient", {"lag": -1}, "lag must be at least 0"),
+        ("PPO", {"normalize_reference": -5}, "normalize_reference=-5"),
+        ("PPO", {"turn_tokens": 4}, "turn_tokens=4 is for the turns of an environment"),
+        ("PPO", {"reward": None, "environment": (len, len)}, "is a rljax.environments.Environment"),
+        ("PPO", {"whiten_over": "epoch"}, "whiten_over must be"),
         ("OnlinePreference", {"group": 1}, "group must be at least 2"),
+        ("OnlinePreference", {"kl_reward": 0.1}, "kl_reward=0.1 has no effect on OnlinePreference"),
+        ("Imitation", {"kl_target": 6.0, "kl_reward": 0.1}, "has no effect on Imitation"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(kind, changes, message):

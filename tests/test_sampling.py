@@ -189,6 +189,17 @@ def test_one_new_token_and_refused_numbers():
             refused(**{"max_new_tokens": 1} | kwargs)
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
+def test_numbers_that_no_distribution_has_are_refused(kind):
+    """Also where they would be traced: inverted or empty distributions are sampled from without complaint."""
+    refused = functools.partial(GENERATE, tiny.params(), prompts(), jax.random.key(0))
+    for name, value in (("temperature", -1), ("temperature", np.nan), ("top_p", 1.5), ("min_p", 2), ("min_p", -1)):
+        with pytest.raises(ValueError, match=f"{name} is {float(value)}"):
+            refused(**{name: kind(value)})
+    traced = jax.jit(lambda t: GENERATE(tiny.params(), prompts(), jax.random.key(0), temperature=t))
+    assert_same(traced(0.7), refused(temperature=kind(0.7)))
+
+
 @pytest.mark.parametrize(("n", "slots"), [(1, 2), (2, 8), (1, 5)])
 def test_slots_change_nothing_about_the_rows(n, slots):
     """13 prompts, among them an empty one, through fewer slots: the tokens of all rows at once, to the last."""
@@ -212,19 +223,19 @@ def test_windows_and_many_ropes_in_slots():
 
 def test_one_compilation_per_shape():
     """Neither keys, nor numbers, nor weights, nor where the padding is compile anew; another width does, once."""
-    sampling.generate.clear_cache()
+    sampling._generate.clear_cache()
     for seed, temperature in enumerate((1.0, 0.5, 0.0)):
         for width in (5, 6):
             GENERATE(tiny.params(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
-    assert sampling.generate._cache_size() == 2
+    assert sampling._generate._cache_size() == 2
 
 
 @pytest.mark.parametrize("slots", [None, 2])
 def test_caches_are_updated_in_place(slots):
     """No loop of the compiled program copies a buffer of keys or values."""
-    compiled = GENERATE.func.lower(
-        tiny.model(), tiny.params(), prompts(), jax.random.key(0), max_new_tokens=6, slots=slots, stop_ids=STOPS
-    ).compile()
+    settings = {"max_new_tokens": 6, "slots": slots, "stop_ids": STOPS}
+    generate = jax.jit(functools.partial(sampling.generate, tiny.model(), **settings))
+    compiled = generate.lower(tiny.params(), prompts(), jax.random.key(0)).compile()
     buffer = rf"f32\[{slots or 4},2,11,4\]"
     text = compiled.as_text().split("\nENTRY")[0]  # everything that loops call comes before
     assert re.search(buffer + r"\S* dynamic-update-slice\(", text)

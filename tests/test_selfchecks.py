@@ -90,6 +90,15 @@ def test_learning_rate():
     assert not selfchecks.learning_rate(optax.constant_schedule(0.0), 50).passed
     assert not selfchecks.learning_rate(optax.linear_schedule(1e-3, -1e-3, 50), 50).passed
     assert not selfchecks.learning_rate(lambda step: float("nan"), 50).passed
+    for schedule, said in (
+        (optax.linear_schedule(1e-5, 0.0, 100_000), True),  # of a longer run (TRAPS 23)
+        (optax.linear_schedule(1e-5, 0.0, 100), False),
+        (optax.cosine_decay_schedule(1e-5, 100), False),
+        (optax.constant_schedule(1e-5), False),
+    ):
+        check = selfchecks.learning_rate(schedule, 100)
+        assert check.passed
+        assert ("goes on after the run" in check.said) is said
 
 
 @pytest.mark.parametrize(("needed", "passed"), [(2**20, True), (2**60, False)])
@@ -151,7 +160,7 @@ def test_sampler_finds_filters_that_the_trainer_does_not_know():
 
 
 def test_same_policy_finds_the_smallest_difference():
-    """Exactly 0 and exactly 1, or the run stops: one weight that differs in its last bits is enough (TRAPS 24)."""
+    """Exactly 0, or the run stops: one weight that differs in its last bits is enough (TRAPS 24)."""
     look = jax.jit(
         lambda params, tokens: views.of_policy(tiny.model(), sampling=Sampling(temperature=0.7))(params, tokens).logps
     )
@@ -163,6 +172,16 @@ def test_same_policy_finds_the_smallest_difference():
     other = selfchecks.same_policy(look, tiny.params(), nearly, rollout)
     assert not other.passed
     assert "the weights of policy and reference differ" in other.said
+
+
+def test_ratios_compare_the_update_with_what_came_before_it():
+    """An update whose view forgets the temperature starts at other ratios than 1 (TRAPS 20, 29)."""
+    warm, plain = (views.of_policy(tiny.model(), sampling=Sampling(temperature=t)) for t in (0.7, 1.0))
+    look = jax.jit(lambda params, tokens: warm(params, tokens).logps)
+    rollout = Rollout(tokens=tiny.tokens(), logps=jnp.zeros((8, 12)), finished=jnp.zeros(8, bool))
+    now = Policy(tiny.model(), tiny.params(), None, ())
+    assert selfchecks.same_ratios(now, look, warm, {"policy": tiny.params()}, rollout).passed
+    assert not selfchecks.same_ratios(now, look, plain, {"policy": tiny.params()}, rollout).passed
 
 
 def test_why_a_surrogate_is_zero_is_said():

@@ -45,6 +45,19 @@ def test_update_by_hand():
     assert int(state.step) == 1
 
 
+def test_nothing_to_learn_from_moves_nothing():
+    """No token is trained (every pair tied, no demonstration kept): no momentum, no weight decay, no moments."""
+    optimizer = optax.adamw(0.1, weight_decay=0.5)
+    update = train.make_update(objectives.supervised(tiny.model()), optimizer)
+    state, _ = update(train.init_state(tiny.params(), optimizer), tiny.tokens())
+    before = jax.tree.map(np.asarray, state)
+    empty = dataclasses.replace(tiny.tokens(), mask=jnp.zeros_like(tiny.tokens().mask))
+    state, metrics = update(state, empty)
+    chex.assert_trees_all_equal((state.params, state.opt_state), (before.params, before.opt_state))
+    assert int(state.step) == 2
+    assert values(metrics)["grad_norm"] == 0.0
+
+
 @pytest.mark.parametrize("microbatches", [2, 4])
 @pytest.mark.parametrize("objective", ["preference", "supervised"])
 def test_microbatches_are_exact(objective, microbatches):

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rljax import rewards
 from rljax.data import Row
-from rljax.environments.prompts import Reward, judge
+from rljax.environments.prompts import Reward, host_rewards, judge
 from rljax.environments.turns import Environment, Text, Turn, message
 
 CATEGORIES = ("tech_support", "conversations")
@@ -30,7 +29,7 @@ def customer_service(reward: Reward, *, chat: bool = False, system: str = SYSTEM
     chat: messages for a chat template, or else a text of lines "Customer: …" and "Agent: …", after `system` in both.
     An episode is done after the last words that the conversation has an answer to.
     """
-    several = rewards.as_rewards(reward)
+    several = host_rewards(reward)
 
     def reset(row: Row, seed: int) -> tuple[_Talk, Text]:
         del seed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from rljax.environments.calls import Failure, call_all
 from rljax.environments.transcripts import Transcript
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
 from rljax.policy import Policy
+from rljax.rewards.core import described
 from rljax.types import Rollout, Tokens
 
 
@@ -183,19 +185,24 @@ def _as_game(environment: Environment) -> Game:
 
 
 def _reset(game: Game, rows: Sequence[Row], n: int, seed: int, call: Callable[..., list[Any]]) -> list[_Episode]:
-    def begin(index: int) -> _Episode:
+    def begin(index: int) -> list[_Episode]:
         number = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
         state, prompts = game.reset(rows[index], number)
         if len(prompts) != game.players:
             raise ValueError(f"reset gave {len(prompts)} prompts for {game.players} players")
-        return _Episode(state, tuple(Transcript(prompt) for prompt in prompts))
+        try:
+            states = [state, *(copy.deepcopy(state) for _ in range(n - 1))]
+        except Exception:  # it holds a connection, a lock, …
+            states = [state, *(game.reset(rows[index], number)[0] for _ in range(n - 1))]
+        players = tuple(Transcript(prompt) for prompt in prompts)
+        return [_Episode(one, players) for one in states]
 
-    found = []
+    found: list[_Episode] = []
     for outcome in call([functools.partial(begin, index) for index in range(len(rows))]):
         if isinstance(outcome, Failure):
             nothing = (Transcript(""),) * game.players
-            outcome = _Episode(None, nothing, failure=f"reset: {outcome.reason}", over=True)
-        found += [outcome] * n
+            outcome = [_Episode(None, nothing, failure=f"reset: {outcome.reason}", over=True)] * n
+        found += outcome
     return found
 
 
@@ -206,8 +213,9 @@ def _read(episode: _Episode, player: int, policy: Policy, limits: _Limits) -> _E
     now, vocab = episode.players[player], policy.model.config.vocab_size
     try:
         read = transcripts.read(now, policy.tokenizer, max_prompt=limits.max_prompt, vocab=vocab)
-    except ValueError as error:
-        return episode._replace(failure=f"turn {now.actions}: {error}", over=True)
+    except Exception as error:  # ours, or whatever a tokenizer or template raises over a strange text
+        what = str(error) if type(error) is ValueError else described(error)
+        return episode._replace(failure=f"turn {now.actions}: {what}", over=True)
     return episode._replace(over=True) if _room(read, limits) < 1 else _with_player(episode, player, read)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rljax import rewards
 from rljax.data import Row, prompt_row
+from rljax.environments.calls import leave_if_given_up
 from rljax.environments.turns import Environment, Text, Turn
 
 Reward = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -27,7 +28,7 @@ def single_turn(reward: Reward, *, prompt: Callable[[Row], Text] = row_prompt) -
       empty: environments see no tokens of prompts). Where none applies the reward is 0. prompt: row -> what to
       continue; the row's other fields go to the reward.
     """
-    several = rewards.as_rewards(reward)
+    several = host_rewards(reward)
 
     def reset(row: Row, seed: int) -> tuple[tuple[Text, dict[str, Any]], Text]:
         del seed
@@ -63,10 +64,22 @@ def question_answering(reward: Reward, *, prompt: Callable[[Row], Text] = questi
     return single_turn(reward, prompt=checked)
 
 
+def host_rewards(reward: Reward) -> tuple[rewards.Reward, ...]:
+    """What an environment judges texts with, checked when it is made."""
+    several = rewards.as_rewards(reward)
+    for one in several:
+        if one.on_device:
+            raise ValueError(
+                f"the reward {one.name} is a JAX function of a batch of tokens, and an environment judges one text "
+                "at a time: give it a function of prompts and completions, or run without an environment"
+            )
+    return several
+
+
 def judge(several: tuple[rewards.Reward, ...], prompt: Text, text: str, ids: np.ndarray, fields: Mapping) -> float:
     """The weighted sum of host rewards of one completion; 0 where none applies."""
     columns = {name: [value] for name, value in fields.items()}
     nothing = [np.zeros(0, np.int32)]
     said = rewards.start(several, [prompt], [text], fields=columns, prompt_ids=nothing, completion_ids=[ids])
-    total = float(said.result(timeout=None).total[0])
+    total = float(said.result(timeout=None, poll=leave_if_given_up).total[0])
     return 0.0 if math.isnan(total) else total

@@ -11,7 +11,7 @@ import numpy as np
 from rljax import rewards
 from rljax.data import Row
 from rljax.environments.arithmetic import result
-from rljax.environments.prompts import Reward, judge
+from rljax.environments.prompts import Reward, host_rewards, judge
 from rljax.environments.turns import Environment, Text, Turn, message
 from rljax.rewards.matching import numeric_match
 
@@ -41,7 +41,7 @@ def calculator(
     is the final answer, which the reward judges by the field "answer". prompt: row -> a text, which results continue,
     or messages, which results follow as a message of the user.
     """
-    several = rewards.as_rewards(reward)
+    several = host_rewards(reward)
 
     def reset(row: Row, seed: int) -> tuple[_Exercise, Text]:
         del seed

@@ -22,9 +22,11 @@ class Turn(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """A task of one or several turns, as pure functions on the host. States are values: they are never changed.
+    """A task of one or several turns, as functions on the host; best pure ones, whose states are values.
 
-    reset: (data row, seed) -> (state, prompt). The copies of an episode (n > 1) share one reset.
+    reset: (data row, seed) -> (state, prompt). The copies of an episode (n > 1) share one reset and its prompt, and
+      each has a deep copy of the state, so that a step may change it. Where a state cannot be copied, reset is called
+      again for each copy, with the same seed.
     step: (state, the action as text without special tokens, its token ids) -> (state, Turn). Runs in a thread of its
       own; it may block, raise, or take too long, and ends nothing but its own episode.
     max_turns: how many times the policy may act.

@@ -9,6 +9,7 @@ from rljax.losses.kl import distillation_loss, kl_penalty
 from rljax.losses.policy import (
     cispo_loss,
     clip_fraction,
+    gspo_clip_fraction,
     gspo_loss,
     ppo_clip_loss,
     reinforce_loss,
@@ -50,6 +51,7 @@ __all__ = [
     "dpo_loss",
     "exo_loss",
     "f_dpo_loss",
+    "gspo_clip_fraction",
     "gspo_loss",
     "hinge_loss",
     "ipo_loss",

@@ -16,6 +16,14 @@ def _ratio(logps: Real[ArrayLike, "b t"], old_logps: Real[ArrayLike, "b t"]) -> 
     return finite_exp(as_float(logps) - as_float(old_logps))
 
 
+def _sequence_ratio(
+    logps: Real[ArrayLike, "b t"], old_logps: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"]
+) -> Array:
+    """The geometric mean of a row's ratios, at each of its tokens."""
+    difference = zero_where_masked(as_float(logps) - as_float(old_logps), mask)
+    return jnp.broadcast_to(finite_exp(sequence_mean(difference, mask))[:, None], difference.shape)
+
+
 def _terms(ratio: Array, advantages: Array, clip_low: Scalar, clip_high: Scalar) -> tuple[Array, Array]:
     """The loss without clipping, −ρA, and with the ratio clipped."""
     return -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -70,8 +78,7 @@ def gspo_loss(
     `ops.aggregate` is the paper's objective, with its gradient −s·A·mean_t ∇logps; "token_mean" weights sequences by
     their length. Paper: clip_low = 3e-4, clip_high = 4e-4, since a sequence's ratio moves far less than a token's.
     """
-    difference = zero_where_masked(as_float(logps) - as_float(old_logps), mask)
-    ratio = jnp.broadcast_to(finite_exp(sequence_mean(difference, mask))[:, None], difference.shape)
+    ratio = _sequence_ratio(logps, old_logps, mask)
     loss = jnp.maximum(*_terms(ratio, zero_where_masked(advantages, mask), clip_low, clip_high))
     return zero_where_masked(loss, mask)
 
@@ -100,11 +107,31 @@ def clip_fraction(
     *,
     clip_low: Scalar,
     clip_high: Scalar,
+    dual_clip: Scalar | None = None,
 ) -> Float[Array, "b t"]:
     """1 where `ppo_clip_loss` takes the clipped term (it is strictly larger, so the gradient is 0), else 0.
 
     Not |ρ − 1| > clip: a ratio that moved against its advantage is outside the range and not clipped. OpenAI's code and
-    TRL count so (`policy/clipfrac_avg`).
+    TRL count so (`policy/clipfrac_avg`). Where `dual_clip` bounds the loss, the gradient is 0 too.
     """
-    plain, clipped = _terms(_ratio(logps, old_logps), as_float(advantages), clip_low, clip_high)
+    ratio, advantages = _ratio(logps, old_logps), as_float(advantages)
+    plain, clipped = _terms(ratio, advantages, clip_low, clip_high)
+    flat = clipped > plain
+    if dual_clip is not None:
+        flat |= (advantages < 0) & (ratio > dual_clip)
+    return flat.astype(plain.dtype)
+
+
+def gspo_clip_fraction(
+    logps: Real[ArrayLike, "b t"],
+    old_logps: Real[ArrayLike, "b t"],
+    advantages: Real[ArrayLike, "b t"],
+    mask: Bool[ArrayLike, "b t"],
+    *,
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> Float[Array, "b t"]:
+    """1 at the trained tokens of a sequence where `gspo_loss` takes the clipped term, else 0."""
+    ratio = _sequence_ratio(logps, old_logps, mask)
+    plain, clipped = _terms(ratio, zero_where_masked(advantages, mask), clip_low, clip_high)
     return (clipped > plain).astype(plain.dtype)

@@ -9,10 +9,12 @@ from rljax.objectives.offline import (
     supervised,
     unpaired,
 )
-from rljax.objectives.online import policy
+from rljax.objectives.online import clipped_tokens, is_ratio_loss, policy
 
 __all__ = [
+    "clipped_tokens",
     "comparison",
+    "is_ratio_loss",
     "policy",
     "preference",
     "real_rows",

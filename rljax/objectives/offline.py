@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import losses, ops
+from rljax.filters import Sampling
 from rljax.logprobs import map_logits, token_logps
 from rljax.models.heads import ScalarModel
 from rljax.types import (
@@ -66,6 +67,7 @@ def preference(
     nll_weight: float = 0.0,
     nll_average: bool = True,
     max_trained: int | None = None,
+    sampling: Sampling | None = None,
 ) -> LossFn:
     """A loss on pairs of sequence log-probabilities.
 
@@ -76,12 +78,14 @@ def preference(
     nll_weight: adds that much negative log-likelihood of the chosen response: 1 with `orpo_loss` and `cpo_loss`,
       RPO's α (2404.19733) with `dpo_loss`. nll_average: its mean per token of a response (RPO, ORPO, TRL) or its sum
       (CPO, Eq. 5).
+    sampling: the temperature and filters that the responses were drawn with, where the reference's log-probabilities
+      are those of what they leave (online DPO).
     """
     scale = reward_scale(loss)
 
     def loss_fn(params: Params, batch: PreferenceBatch) -> tuple[Mean, Metrics]:
         both = jax.tree.map(lambda *x: jnp.concatenate(x), batch.chosen, batch.rejected)
-        logps = token_logps(model, params, both, max_trained=max_trained)
+        logps = token_logps(model, params, both, max_trained=max_trained, sampling=sampling)
         reduce = ops.sequence_mean if average else ops.sequence_sum
         chosen, rejected = jnp.split(reduce(logps, both.mask), 2)
         ref = (batch.ref_chosen_logps, batch.ref_rejected_logps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -40,7 +41,7 @@ def policy(
     pretrain: (model, γ) adds γ · negative log-likelihood per token of `batch.pretrain` (PPO-ptx, InstructGPT Eq. 2).
     """
     wanted = surrogate_inputs(loss)
-    bounds = clip_bounds(loss)
+    clipped = clipped_tokens(loss)
 
     def loss_fn(params: Params, batch: PolicyBatch) -> tuple[Any, Metrics]:
         view, mask = look(params, batch.tokens), batch.tokens.mask
@@ -60,7 +61,7 @@ def policy(
             value = value_loss(view.values, batch.old_values, batch.returns)
             per_token += value_coef * value
             metrics["loss/value_avg"] = ops.masked_mean(value, mask)
-        metrics |= _distance(view, batch, bounds)
+        metrics |= _distance(view, batch, clipped)
         objective = ops.aggregate(per_token, mask, mode=aggregate, length=length)
         if pretrain is None:
             return objective, metrics
@@ -72,16 +73,16 @@ def policy(
     return loss_fn
 
 
-def _distance(view: View, batch: PolicyBatch, bounds: dict[str, float] | None) -> Metrics:
+def _distance(view: View, batch: PolicyBatch, clipped: Callable[..., Array] | None) -> Metrics:
     """How far the policy is from the one that sampled."""
     mask, moved = batch.tokens.mask, view.logps - batch.old_logps
     metrics = {
         "policy/approxkl_avg": ops.masked_mean(0.5 * moved**2, mask),
         "val/ratio": ops.masked_mean(jnp.exp(moved), mask),
     }
-    if bounds is not None:
-        clipped = losses.clip_fraction(view.logps, batch.old_logps, batch.advantages, **bounds)
-        metrics["policy/clipfrac_avg"] = ops.masked_mean(clipped, mask)
+    if clipped is not None:
+        flat = clipped(view.logps, batch.old_logps, batch.advantages, mask)
+        metrics["policy/clipfrac_avg"] = ops.masked_mean(flat, mask)
     return metrics
 
 
@@ -99,9 +100,25 @@ def surrogate_inputs(loss: Callable[..., Any]) -> tuple[str, ...]:
     return names
 
 
-def clip_bounds(loss: Callable[..., Any]) -> dict[str, float] | None:
-    """{"clip_low", "clip_high"} as set in a loss on per-token ratios; None where it has none or clips sequences."""
+def is_ratio_loss(loss: Callable[..., Any]) -> bool:
+    """Whether a surrogate is a clipped ratio times the advantage: PPO's or GSPO's, with any options."""
+    return _function(loss) in (losses.ppo_clip_loss, losses.gspo_loss)
+
+
+def clipped_tokens(loss: Callable[..., Any]) -> Callable[..., Array] | None:
+    """(logps, old_logps, advantages, mask) -> [b t], 1 where the surrogate is flat: for PPO's token by token, for
+    GSPO's by sequences; None for surrogates that drop no gradient, or are not known to.
+    """
     parameters = inspect.signature(loss).parameters
-    found = {name: parameters[name].default for name in ("clip_low", "clip_high") if name in parameters}
-    numbers = all(isinstance(value, int | float) for value in found.values())
-    return found if len(found) == 2 and numbers and "mask" not in parameters else None
+    bounds = {name: parameters[name].default for name in ("clip_low", "clip_high", "dual_clip") if name in parameters}
+    if _function(loss) is losses.ppo_clip_loss:
+        return lambda logps, old_logps, advantages, mask: losses.clip_fraction(logps, old_logps, advantages, **bounds)
+    if _function(loss) is losses.gspo_loss:
+        return functools.partial(losses.gspo_clip_fraction, **bounds)
+    return None
+
+
+def _function(loss: Callable[..., Any]) -> Callable[..., Any]:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return loss

@@ -16,6 +16,7 @@ from rljax.rewards.device import device_params, judge_on_device, merge
 from rljax.rewards.judging import Judgement, check_fields, start
 from rljax.rewards.matching import exact_match, format_reward, numeric_match, regex_match
 from rljax.rewards.overlap import bleu, chrf, rouge_1, rouge_2, rouge_l, token_f1
+from rljax.rewards.pairwise import win_rate
 from rljax.rewards.text import length, repetition_penalty, vader_sentiment
 
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "start",
     "token_f1",
     "vader_sentiment",
+    "win_rate",
 ]

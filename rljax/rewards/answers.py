@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import decimal
+import itertools
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set, Sized
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ class Answer(NamedTuple):
     per_token: list[np.ndarray | None] | None  # f32[len(completion)] a row, None where it does not apply
 
 
-class Wrong(Exception):
+class Wrong(ValueError):
     """What is wrong with an answer, and in which row."""
 
     def __init__(self, what: str, row: int | None = None):
@@ -56,7 +58,12 @@ def _items(raw: Any, rows: int) -> list[Any]:
         raw = list(raw) if raw.ndim else raw.item()
     if isinstance(raw, str | bytes | Mapping | Set) or not isinstance(raw, Iterable):
         raise Wrong(f"it returned {_shown(raw)}: return a list of {rows} numbers, one for each completion")
-    return list(raw)
+    return _listed(raw, rows)
+
+
+def _listed(values: Iterable[Any], wanted: int) -> list[Any]:
+    """All of them, or one too many of what may never end."""
+    return list(values if isinstance(values, Sized) else itertools.islice(values, wanted + 1))
 
 
 def _is_sequence(item: Any) -> bool:
@@ -66,7 +73,7 @@ def _is_sequence(item: Any) -> bool:
 
 
 def _tokens(item: Any, row: int, length: int) -> np.ndarray:
-    values = list(np.asarray(item)) if hasattr(item, "__array__") else list(item)
+    values = list(np.asarray(item)) if hasattr(item, "__array__") else _listed(item, length)
     if len(values) != length:
         raise Wrong(
             f"it returned {len(values)} per-token numbers for a completion of {length} tokens: return one for each "
@@ -83,13 +90,13 @@ def _number(x: Any, row: int) -> float:
         real = array.ndim == 0 and (array.dtype == bool or jnp.issubdtype(array.dtype, jnp.number))
         real = real and not jnp.issubdtype(array.dtype, jnp.complexfloating)
     else:
-        real = isinstance(x, numbers.Real)
+        real = isinstance(x, numbers.Real | decimal.Decimal)
     if not real:
         raise Wrong(f"it returned {_shown(x)} where a number belongs ({NONE_HINT})", row)
     try:
         value = float(x)
         narrow = abs(value) <= float(np.finfo(np.float32).max)
-    except OverflowError:
+    except (OverflowError, ValueError):  # more than a float holds; Decimal("sNaN")
         value, narrow = float("inf"), False
     if not narrow:
         raise Wrong(f"it returned {value}, which is no finite number in float32; mend the reward, or {NONE_HINT}", row)

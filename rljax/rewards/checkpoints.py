@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import json
 import pathlib
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from rljax.types import Params, Tokens
 SHORTEST = 16  # tokens; rows are padded to this, or to 2, 4, 8, … times as much: few shapes to compile
 LONGEST = 1024  # tokens of prompt and completion that a decoder reads, if max_length does not say
 
+T = TypeVar("T")
 Encoded = tuple[np.ndarray, np.ndarray]  # ids, token types; i32[n]
 
 
@@ -80,8 +82,8 @@ def from_checkpoint(
     judged: what an encoder reads: prompt and completion as one text, the completion alone, or the two as a pair (as
       sentence pairs are told apart). A decoder reads prompt and completion with its own chat template where the prompt
       is messages, and the end token, as it was trained.
-    batch, max_length: rows judged at once, and tokens of a row; longer ones lose the beginning of their prompt. None:
-      what an encoder was made for, 1024 for a decoder.
+    batch, max_length: rows judged at once, and tokens of a row; longer ones lose the beginning of their prompt, and
+      nothing of the completion before that. None: what an encoder was made for, 1024 for a decoder.
     tokenizer: the policy's. Given it, the checkpoint is opened now (see `opened`).
     """
     options = {"output": (output, ("logit", "probability")), "judged": (judged, JUDGED)}
@@ -102,19 +104,20 @@ def opened(rewards: Sequence[Reward], tokenizer: Any = None, *, mesh: Any = None
 
     A decoder whose tokenizer is the policy's (`tokenizer`) becomes an on-device reward: it scores the token ids that
     were sampled, on the policy's mesh. A completion that was cut off is then judged as it stands; as text it would get
-    an end token.
+    an end token. One with a `max_length` stays on the host, where rows are cut to it.
     """
     found = []
     for one in rewards:
         if isinstance(one.fn, Checkpoint):
             judge = _open(one.fn)
-            if judge.decoder is not None and tokenizer is not None and same_tokenizer(judge.tokenizer, tokenizer):
+            decoder = judge.decoder if one.fn.max_length is None else None
+            if decoder is not None and tokenizer is not None and same_tokenizer(judge.tokenizer, tokenizer):
                 places = (
                     None if mesh is None else shardings(jax.eval_shape(lambda p=judge.params: p), models.RULES, mesh)
                 )
                 params = judge.params if places is None else jax.device_put(judge.params, places)
                 source = one.fn
-                fn = functools.partial(_token_scores, judge.decoder, checkpoint=source.path, output=source.output)
+                fn = functools.partial(_token_scores, decoder, checkpoint=source.path, output=source.output)
                 one = dataclasses.replace(one, fn=fn, params=params, on_device=True)
         found.append(one)
     return tuple(found)
@@ -138,7 +141,7 @@ def embedding_similarity(
     model, params, tokenizer, embed = _embedder(encoder)
     texts = list(dict.fromkeys([*completions, *(text for row in wanted for text in row or ())]))
     longest = model.config.max_tokens
-    encoded = _encode(tokenizer, texts, None, longest)
+    encoded = _encode(tokenizer, texts, longest)
     found = batched(embed, params, encoded, batch, longest)
     found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
     place = {text: row for row, text in enumerate(texts)}
@@ -192,7 +195,19 @@ def _pick(logits: Array, index: int, output: str) -> Array:
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
+def _kept(load: Callable[[Any], T]) -> Callable[[Any], T]:
+    """`load` with its latest results kept; threads that ask at once load once, which lru_cache does not see to."""
+    cached, lock = functools.lru_cache(maxsize=8)(load), threading.Lock()
+
+    @functools.wraps(load)
+    def locked(what: Any) -> T:
+        with lock:
+            return cached(what)
+
+    return locked
+
+
+@_kept
 def _open(source: Checkpoint) -> Judge:
     folder = pathlib.Path(source.path).expanduser()
     if (folder / "experiment.json").is_file():
@@ -251,6 +266,8 @@ def _open_encoder(source: Checkpoint, folder: pathlib.Path) -> Judge:
     longest = _limit(source, model.config.max_positions, model.config.max_tokens)
     tokenizer = resolve.load_tokenizer(folder)
     tokenizer.truncation_side = "left"  # what was written stands at the end
+    tokenizer.backend_tokenizer.no_truncation()  # a file may ask for some
+    tokenizer.backend_tokenizer.no_padding()
     typed = source.judged == "pair" and model.config.num_types > 1
 
     @jax.jit
@@ -261,31 +278,35 @@ def _open_encoder(source: Checkpoint, folder: pathlib.Path) -> Judge:
     def encode(prompts: Sequence[Any], completions: Sequence[str]) -> list[Encoded]:
         before = [prompt_text(prompt) for prompt in prompts]
         if source.judged == "pair":
-            return _encode(tokenizer, before, completions, longest)
+            return [_encode_pair(tokenizer, *both, longest) for both in zip(before, completions, strict=True)]
         if source.judged == "completion":
-            return _encode(tokenizer, completions, None, longest)
+            return _encode(tokenizer, completions, longest)
         texts = [start + text for start, text in zip(before, completions, strict=True)]
-        return _encode(tokenizer, texts, None, longest)
+        return _encode(tokenizer, texts, longest)
 
     return Judge(params, score, encode, longest, tokenizer, None)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, longest: int) -> list[Encoded]:
+def _encode_pair(tokenizer: Any, prompt: str, completion: str, longest: int) -> Encoded:
+    """Two texts told apart. The prompt makes room, from its beginning on, and the completion only where it must."""
+    backend = tokenizer.backend_tokenizer
+    first, second = (backend.encode(text, add_special_tokens=False) for text in (prompt, completion))
+    room = max(0, longest - backend.num_special_tokens_to_add(True))
+    second.truncate(room, direction="left")
+    first.truncate(room - len(second), direction="left")
+    both = backend.post_process(first, second)
+    return np.asarray(both.ids, np.int32), np.asarray(both.type_ids, np.int32)
+
+
+def _encode(tokenizer: Any, texts: Sequence[str], longest: int) -> list[Encoded]:
     if not texts:
         return []
-    out = tokenizer(
-        list(texts),
-        None if pairs is None else list(pairs),
-        truncation=True,
-        max_length=longest,
-        return_token_type_ids=True,
-        verbose=False,
-    )
+    out = tokenizer(list(texts), truncation=True, max_length=longest, return_token_type_ids=True, verbose=False)
     columns = zip(out["input_ids"], out["token_type_ids"], strict=True)
     return [(np.asarray(ids, np.int32), np.asarray(types, np.int32)) for ids, types in columns]
 
 
-@functools.lru_cache(maxsize=4)
+@_kept
 def _embedder(name: str) -> tuple[Any, Params, Any, Callable[..., Array]]:
     folder = resolve.resolve(name)
     model, params = encoders.load(folder)

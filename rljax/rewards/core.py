@@ -49,12 +49,15 @@ def reward(fn: Callable[..., Any], *, weight: float | None = None, name: str | N
     """A host reward: `fn(prompts, completions, **fields) -> numbers`, plain or async.
 
     fn: gets the whole batch. `prompts` are as in the data (texts, or lists of messages), `completions` are texts; by
-      keyword it gets, of the data's fields (lists) and of `prompt_ids` and `completion_ids` (lists of i32 arrays),
-      those that its signature names, or all if it takes **kwargs. Keywords that a `functools.partial` binds stay as
-      bound. It returns b numbers (a list, numpy or jax array; True counts 1), with None where the reward does not apply
-      to a row; or b sequences of numbers, one for each token of the completion.
-    weight: of this reward in the sum; any finite number (1 if not given). name: in metrics (the function's if not
-      given). A Reward passes through, with its weight or name changed where one is given.
+      keyword it gets, of the data's fields (lists, with None where a row lacks the field) and of `prompt_ids` and
+      `completion_ids` (lists of i32 arrays), those that its signature names, or all if it takes **kwargs. The first two
+      parameters may have any names; but one that is named like any of these gets just that, wherever it stands.
+      Keywords that a `functools.partial` binds stay as bound. It returns b numbers (a list, numpy or jax array; True
+      counts 1), with None where the reward does not apply to a row; or b sequences of numbers, one for each token of
+      the completion.
+    weight: of this reward in the sum; any finite number (1 if not given). One of weight 0 is only watched: it gives no
+      score to a row to which no other applies. name: in metrics (the function's if not given). A Reward passes through,
+      with its weight or name changed where one is given.
     """
     bound: dict[str, Any] = {}
     inner: Any = fn
@@ -73,16 +76,20 @@ def reward(fn: Callable[..., Any], *, weight: float | None = None, name: str | N
     return Reward(fn, _name(_function_name(fn) if name is None else name), _weight(1.0 if weight is None else weight))
 
 
-def on_device(fn: Callable[..., Any], *, params: Any = None, weight: float = 1.0, name: str | None = None) -> Reward:
+def on_device(
+    fn: Callable[..., Any], *, params: Any = None, weight: float | None = None, name: str | None = None
+) -> Reward:
     """A reward that is a JAX function, so that sampling, scoring and learning can be one compiled program.
 
     fn: (tokens: Tokens) -> f32[b], or f32[b t] for a reward of every token (read at the trained tokens only); with
       params, (params, tokens). It must be jittable.
     params: its weights, a pytree of arrays. They travel as an argument: what a function closes over is compiled in.
+    weight, name: as in `reward`; a Reward keeps those that are not given, and its params.
 
     Also a decorator: `@rewards.on_device`.
     """
-    return dataclasses.replace(reward(fn, weight=weight, name=name), params=params, on_device=True)
+    made = reward(fn, weight=weight, name=name)
+    return dataclasses.replace(made, params=made.params if params is None else params, on_device=True)
 
 
 def as_rewards(one_or_many: Callable[..., Any] | Sequence[Callable[..., Any]]) -> tuple[Reward, ...]:
@@ -104,6 +111,22 @@ def as_rewards(one_or_many: Callable[..., Any] | Sequence[Callable[..., Any]]) -
                 f'give one with rewards.reward(FUNCTION, name="…")'
             )
     return found
+
+
+def deciding(rewards: Sequence[Reward]) -> Sequence[Reward]:
+    """The rewards that decide whether a row has a score at all: those with a weight, or all where none has one.
+
+    A reward of weight 0 is a monitor. That it applies to a row must not make that row one of score 0.
+    """
+    return [one for one in rewards if one.weight] or rewards
+
+
+def described(error: BaseException) -> str:
+    """The type and the message of an exception, even of one that fails to say what it is."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except BaseException:  # in a thread of its own, which would else end without an answer
+        return f"{type(error).__name__} (its message cannot be shown)"
 
 
 def _function_name(fn: Any) -> str:

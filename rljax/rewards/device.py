@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from rljax import ops
-from rljax.rewards.core import Reward, Scores
+from rljax.rewards.core import Reward, Scores, deciding
 from rljax.types import Tokens
 
 
@@ -47,15 +47,23 @@ def judge_on_device(
 
 
 def merge(
-    host: Scores, total: np.ndarray, per_token: np.ndarray | None, parts: Mapping[str, np.ndarray], mask: np.ndarray
+    host: Scores,
+    total: np.ndarray,
+    per_token: np.ndarray | None,
+    parts: Mapping[str, np.ndarray],
+    mask: np.ndarray,
+    rewards: Sequence[Reward] = (),
 ) -> Scores:
     """Host rewards, and what `judge_on_device` said of the same rows, as one verdict.
 
     total f32[b], per_token f32[b t] and parts are the device's, fetched; mask bool[b t] is that of the tokens. A row to
-    which no host reward applies has the device's alone.
+    which no host reward applies has the device's alone. rewards: all of them, host's and device's: where only host
+    rewards have a weight, those on the device are monitors, which make no row one that is trained.
     """
     total = np.asarray(total)
-    both = np.where(np.isnan(host.total), total, host.total + total).astype(np.float32)
+    monitors = bool(rewards) and not any(one.on_device for one in deciding(rewards))
+    alone = np.full_like(total, np.nan) if monitors else total
+    both = np.where(np.isnan(host.total), alone, host.total + total).astype(np.float32)
     each = host.per_token
     if per_token is not None:
         there = [np.asarray(row, np.float32)[real] for row, real in zip(per_token, mask, strict=True)]

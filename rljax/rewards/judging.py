@@ -7,20 +7,22 @@ import concurrent.futures
 import dataclasses
 import functools
 import inspect
+import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rljax.rewards.answers import Answer, Wrong, parse
-from rljax.rewards.core import Reward, RewardError, Scores
+from rljax.rewards.core import Reward, RewardError, Scores, deciding, described
 
 TICK = 0.1  # seconds between two looks at whether to stop
 PATIENCE = 10.0  # seconds of waiting before it is said what is waited for
 ATTRIBUTION = 10.0  # seconds to find the row that makes a reward raise
-IDS = ("prompt_ids", "completion_ids")
+STALLED = 5.0  # seconds after which an event loop that does not turn is left to what blocks it
+TEXTS, IDS = ("prompts", "completions"), ("prompt_ids", "completion_ids")
 
 
 class Rows(NamedTuple):
@@ -32,6 +34,18 @@ class Rows(NamedTuple):
     lengths: list[int]  # tokens of each completion
 
 
+class Awaited(NamedTuple):
+    """The coroutines of a judgement, so that they end with it."""
+
+    tasks: list[concurrent.futures.Future[Any]]
+    over: threading.Event  # the judgement was given up
+
+    def give_up(self) -> None:
+        self.over.set()
+        for task in self.tasks:
+            task.cancel()
+
+
 @dataclasses.dataclass(frozen=True)
 class Judgement:
     """A batch that is being judged."""
@@ -39,6 +53,7 @@ class Judgement:
     rewards: tuple[Reward, ...]
     rows: Rows
     answers: dict[str, concurrent.futures.Future[Answer]]
+    awaited: Awaited
     started: float
 
     def result(
@@ -52,8 +67,19 @@ class Judgement:
 
         timeout: seconds that a reward may take since it was started; None waits for ever. poll: called about ten times
         a second while waiting; it raises to stop. say: is told which rewards are awaited, once, after 10 seconds.
-        Raises RewardError for the first reward that failed, or is not done in time.
+        Raises RewardError for the first reward that failed, or is not done in time. Async ones under way are cancelled
+        then; a thread cannot be.
         """
+        try:
+            answers = self._wait(timeout, poll, say)
+        except BaseException:
+            self.awaited.give_up()
+            raise
+        return combine(self.rewards, answers, self.rows)
+
+    def _wait(
+        self, timeout: float | None, poll: Callable[[], None] | None, say: Callable[[str], None] | None
+    ) -> dict[str, Answer]:
         begun, said = time.monotonic(), say is None
         while True:
             done, awaited = concurrent.futures.wait(
@@ -63,7 +89,7 @@ class Judgement:
                 answer.result()
             names = [name for name, answer in self.answers.items() if answer in awaited]
             if not names:
-                break
+                return {name: answer.result() for name, answer in self.answers.items()}
             if poll is not None:
                 poll()
             if timeout is not None and time.monotonic() - self.started > timeout:
@@ -72,7 +98,6 @@ class Judgement:
                 said = True
                 assert say is not None
                 say(f"waiting for the reward {' and '.join(names)}")
-        return combine(self.rewards, {name: answer.result() for name, answer in self.answers.items()}, self.rows)
 
 
 def start(
@@ -88,7 +113,7 @@ def start(
 
     prompts, completions, prompt_ids, completion_ids and every field have one entry a row. Plain functions run in a
     daemon thread each; async ones share an event loop that lives as long as the program, so that an HTTP client may be
-    kept between batches.
+    kept between batches. Only if one of them blocks the loop for more than 5 seconds do later ones get another loop.
     """
     ids = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
     for name, column in {"completions": completions, **ids, **fields}.items():
@@ -98,20 +123,26 @@ def start(
     device = [one.name for one in rewards if one.on_device]
     if device:
         raise ValueError(f"the reward {device[0]} is a JAX function: judge it with judge_on_device")
-    return Judgement(tuple(rewards), rows, {one.name: _begin(one, rows) for one in rewards}, time.monotonic())
+    awaited = Awaited([], threading.Event())
+    answers = {one.name: _begin(one, rows, awaited) for one in rewards}
+    return Judgement(tuple(rewards), rows, answers, awaited, time.monotonic())
 
 
 def combine(rewards: Sequence[Reward], answers: Mapping[str, Answer], rows: Rows) -> Scores:
-    """The weighted sum of the rewards that apply to each row, in float64 until the end."""
+    """The weighted sum of the rewards that apply to each row, in float64 until the end.
+
+    A row is scored where a reward with a weight applies: monitors, of weight 0, do not decide that (see `deciding`).
+    """
     total, applies = np.zeros(len(rows.lengths)), np.zeros(len(rows.lengths), bool)
     per_token = [np.zeros(n) for n in rows.lengths]
     for one in rewards:
         answer = answers[one.name]
         here = ~np.isnan(answer.sums)
         total += np.where(here, one.weight * np.where(here, answer.sums, 0.0).astype(np.float64), 0.0)
-        applies |= here
         for row, tokens in enumerate(answer.per_token or ()):
             per_token[row] += 0.0 if tokens is None else one.weight * tokens.astype(np.float64)
+    for one in deciding(rewards):
+        applies |= ~np.isnan(answers[one.name].sums)
     some = any(answer.per_token is not None for answer in answers.values())
     return Scores(
         np.where(applies, total, np.nan).astype(np.float32),
@@ -140,50 +171,53 @@ def check_fields(rewards: Sequence[Reward], fields: Sequence[str]) -> None:
 
 def _missing(fn: Callable[..., Any], fields: Sequence[str]) -> list[str]:
     """The parameters without default that nothing would be handed to."""
-    parameters = _parameters(fn)
-    by_position, _ = _by_position(parameters)
-    known = {*fields, *IDS, "prompts", "completions", *by_position}
-    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    declared = parameters(fn)
+    known = {*fields, *IDS, *TEXTS, *(_own_names(declared, fields) or ())}
+    required = [p for p in declared if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return [p.name for p in required if p.name not in known]
 
 
-def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Those of its signature."""
     try:
         return list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):  # some builtins have no signature: they get prompts and completions
         return [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
 
 
-def _by_position(parameters: Sequence[inspect.Parameter]) -> tuple[list[str], bool]:
-    """(names of the parameters that get prompts and completions by position, whether they go by position at all).
+def _own_names(declared: Sequence[inspect.Parameter], fields: Collection[str]) -> list[str] | None:
+    """What a function calls prompts and completions, which it then gets by position; None: it gets all by name.
 
-    By position is the rule. A function that names `completions` first, or has no second positional parameter, gets
-    `prompts` and `completions` by name, as TRL calls rewards: nothing is swapped silently.
+    By position go the first two parameters (or *args) if they are called `prompts` and `completions`, or have names
+    that stand for nothing else. One that is named like a column of the batch gets that column wherever it stands, as
+    TRL calls rewards: nothing is swapped silently.
     """
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
-    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
-        return names, True
-    if len(names) == 2 and names[0] != "completions":
-        return names, True
-    return [], False
+    first = [p for p in declared if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = [p.name for p in first if p.default is p.empty][:2]
+    starred = any(p.kind == p.VAR_POSITIONAL for p in declared)
+    enough = len(names) == 2 or (starred and len(names) == len(first))
+    own = names == [*TEXTS] or not {*fields, *IDS, *TEXTS}.intersection(names)
+    return names if own and enough else None
 
 
-def _arguments(fn: Callable[..., Any], rows: Rows) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(fn: Callable[..., Any], rows: Rows) -> tuple[list[Any], dict[str, Any]]:
     """What the function is called with: lists of its own, so that no reward sees another's changes to them."""
-    parameters = _parameters(fn)
-    taken, positional = _by_position(parameters)
+    declared = parameters(fn)
+    own = _own_names(declared, rows.fields)
     texts = {"prompts": list(rows.prompts), "completions": list(rows.completions)}
-    available = {name: list(column) for name, column in rows.fields.items()}
-    if not positional:
-        available = {**available, **texts}
-    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(taken)
-    if any(p.kind == p.VAR_KEYWORD for p in parameters):
-        names |= set(available) - set(taken) - set(texts if positional else ())
-    keywords = {n: column for n, column in available.items() if n in names and n not in _bound(fn)}
-    return tuple(texts.values()) if positional else (), keywords
+    columns = {name: list(column) for name, column in rows.fields.items()} | texts
+    handed = {*own, *TEXTS} if own is not None else set()
+    names = {p.name for p in declared if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(own or ())
+    if any(p.kind == p.VAR_KEYWORD for p in declared):
+        names |= set(columns) - handed
+    keywords = {n: column for n, column in columns.items() if n in names and n not in bound(fn)}
+    if own is not None:
+        return list(texts.values()), keywords
+    nameless = itertools.takewhile(lambda p: p.kind == p.POSITIONAL_ONLY and p.name in columns, declared)
+    return [columns[p.name] for p in nameless], keywords
 
 
-def _bound(fn: Any) -> set[str]:
+def bound(fn: Any) -> set[str]:
     """Keywords that functools.partial binds: an option that was set is not overwritten by a field of that name."""
     found: set[str] = set()
     while isinstance(fn, functools.partial):
@@ -192,13 +226,13 @@ def _bound(fn: Any) -> set[str]:
     return found
 
 
-def _begin(one: Reward, rows: Rows) -> concurrent.futures.Future[Answer]:
+def _begin(one: Reward, rows: Rows, awaited: Awaited) -> concurrent.futures.Future[Answer]:
     future: concurrent.futures.Future[Answer] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            answer = _ask(one, rows)
+            answer = _ask(one, rows, awaited)
         except BaseException as error:  # it has to reach the main thread, whatever it is
             future.set_exception(error)
         else:
@@ -208,19 +242,19 @@ def _begin(one: Reward, rows: Rows) -> concurrent.futures.Future[Answer]:
     return future
 
 
-def _ask(one: Reward, rows: Rows) -> Answer:
+def _ask(one: Reward, rows: Rows, awaited: Awaited) -> Answer:
     """The reward's answer for the batch, or a RewardError that names a row."""
     check_fields([one], [name for name in rows.fields if name not in IDS])
     try:
-        return parse(_call(one.fn, rows), rows.lengths)
+        return parse(_call(one.fn, rows, awaited), rows.lengths)
     except Wrong as wrong:
         raise RewardError(_message(one.name, rows, wrong.row, wrong.what)) from None
     except (Exception, SystemExit) as error:
-        what = f"it raised {type(error).__name__}: {error}"
-        raise RewardError(_message(one.name, rows, _culprit(one.fn, rows, type(error)), what)) from error
+        row = None if awaited.over.is_set() else _culprit(one.fn, rows, type(error), awaited)
+        raise RewardError(_message(one.name, rows, row, f"it raised {described(error)}")) from error
 
 
-def _call(fn: Callable[..., Any], rows: Rows) -> Any:
+def _call(fn: Callable[..., Any], rows: Rows, awaited: Awaited) -> Any:
     """What the function returns; a coroutine's result, awaited in the shared loop while this thread waits."""
     positional, keywords = _arguments(fn, rows)
     raw = fn(*positional, **keywords)
@@ -230,20 +264,24 @@ def _call(fn: Callable[..., Any], rows: Rows) -> Any:
     async def wait() -> Any:
         return await raw
 
-    return asyncio.run_coroutine_threadsafe(wait(), _event_loop()).result()
+    task = asyncio.run_coroutine_threadsafe(wait(), _event_loop())
+    awaited.tasks.append(task)
+    if awaited.over.is_set():  # only now, when nobody else would cancel it
+        task.cancel()
+    return task.result()
 
 
-def _culprit(fn: Callable[..., Any], rows: Rows, kind: type[BaseException]) -> int | None:
+def _culprit(fn: Callable[..., Any], rows: Rows, kind: type[BaseException], awaited: Awaited) -> int | None:
     """The first row that makes the reward raise this alone; None where none does, or where it takes long to find."""
     begun = time.monotonic()
     for row in range(len(rows.lengths)):
-        if time.monotonic() - begun > ATTRIBUTION:
+        if time.monotonic() - begun > ATTRIBUTION or awaited.over.is_set():
             return None
         column = slice(row, row + 1)
         fields = {name: values[column] for name, values in rows.fields.items()}
         alone = Rows(rows.prompts[column], rows.completions[column], fields, rows.lengths[column])
         try:
-            _call(fn, alone)
+            _call(fn, alone, awaited)
         except kind:
             return row
         except (Exception, SystemExit):
@@ -255,9 +293,18 @@ _FIRST = threading.Lock()
 
 
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """The loop of all async rewards, which runs until the program ends."""
+    """The loop of all async rewards, which runs until the program ends; another one if a coroutine blocks it."""
     with _FIRST:  # several rewards may ask at the same time
+        if not _turns(_started_loop()):
+            _started_loop.cache_clear()
         return _started_loop()
+
+
+def _turns(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the loop goes on: not while a coroutine sleeps or asks a server without await."""
+    turned = threading.Event()
+    loop.call_soon_threadsafe(turned.set)
+    return turned.wait(STALLED)
 
 
 @functools.cache

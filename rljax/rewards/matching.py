@@ -6,10 +6,13 @@ import decimal
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
+import regex
+
+PATIENCE = 5.0  # seconds that a pattern given by a user may take with one text; microseconds are usual
 THINK_ANSWER = (
     r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"  # each tag once, thoughts first
 )
@@ -85,15 +88,21 @@ def _close(a: Decimal, b: Decimal, tolerance: float) -> bool:
     return a == b or (tolerance > 0 and abs(a - b) <= Decimal(tolerance))
 
 
-def regex_match(prompts: Sequence[Any], completions: Sequence[str], *, pattern: str | Sequence[str]) -> list[float]:
+def regex_match(
+    prompts: Sequence[Any], completions: Sequence[str], *, pattern: str | Sequence[str | None]
+) -> list[float | None]:
     """1 where `pattern` is found somewhere in the completion, else 0.
 
     pattern: a Python regular expression, bound with functools.partial(regex_match, pattern=…), or a field of the data
-      with one a row. (?i) at its start ignores case, (?s) lets a dot match line ends. A pattern with nested repetition,
-      such as (a+)+, can take for ever on some texts: that reward is then not done in time, and the run stops.
+      with one a row, where None does not apply. (?i) at its start ignores case, (?s) lets a dot match line ends. A
+      pattern with nested repetition, such as (a|aa)+$, can take for ever on some texts: after 5 seconds with one text
+      that is a ValueError which names both.
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
-    return [float(_compiled(one).search(text) is not None) for one, text in zip(patterns, completions, strict=True)]
+    return [
+        None if one is None else float(_in_time(_compiled(one).search, text))
+        for one, text in zip(patterns, completions, strict=True)
+    ]
 
 
 def format_reward(prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK_ANSWER) -> list[float]:
@@ -103,12 +112,25 @@ def format_reward(prompts: Sequence[Any], completions: Sequence[str], *, pattern
       <think>…</think> <answer>…</answer>, each once (DeepSeek-R1, arXiv:2501.12948). See `regex_match` for its risk.
     """
     compiled = _compiled(pattern, re.DOTALL)
-    return [float(compiled.fullmatch(completion.strip()) is not None) for completion in completions]
+    return [float(_in_time(compiled.fullmatch, completion.strip())) for completion in completions]
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(pattern: str, flags: int = 0) -> re.Pattern[str]:
+def _compiled(pattern: str, flags: int = 0) -> Any:
+    """By `regex`, since `re` keeps the interpreter's lock while it searches: nothing else runs, no time-out fires."""
     try:
-        return re.compile(pattern, flags)
-    except re.error as error:
+        return regex.compile(pattern, flags)
+    except regex.error as error:
         raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _in_time(match: Callable[..., Any], text: str) -> bool:
+    """Whether a compiled pattern's method finds it in the text, while other threads go on."""
+    try:
+        return match(text, timeout=PATIENCE, concurrent=True) is not None
+    except TimeoutError:
+        shown = text if len(text) <= 200 else f"{text[:200]}…"
+        raise ValueError(
+            f"the pattern {match.__self__.pattern!r} took more than {PATIENCE:g} seconds with the text {shown!r}: "
+            "write it without repetitions inside of repetitions, such as (a|aa)+"
+        ) from None

@@ -64,3 +64,44 @@ def test_poll_is_called_while_waiting_and_may_stop_it():
         call_all([release.wait], poll=poll)
     release.set()
     assert 0.05 < polled[1] - polled[0] < 1
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_an_exception_that_cannot_say_what_it_is_ends_alone():
+    def fails():
+        raise Speechless
+
+    found = call_all([fails, lambda: 7], timeout=5)
+    assert found[0].reason.startswith("Speechless (its message cannot be shown) (test_calls.py:")
+    assert found[1] == 7
+
+
+def test_without_a_thread_a_call_fails_alone(monkeypatch):
+    class Full(threading.Thread):
+        def start(self):
+            if self._args[0] == 1:  # pyright: ignore[reportAttributeAccessIssue]
+                raise RuntimeError("can't start new thread")
+            super().start()
+
+    monkeypatch.setattr(calls.threading, "Thread", Full)
+    assert call_all([lambda: 3] * 3) == [3, Failure("RuntimeError: can't start new thread"), 3]
+
+
+def test_a_call_can_see_that_it_was_given_up():
+    left = threading.Event()
+
+    def patient():
+        try:
+            while True:
+                calls.leave_if_given_up()
+                time.sleep(0.01)
+        finally:
+            left.set()
+
+    calls.leave_if_given_up()  # outside of a call there is nothing to leave
+    assert call_all([patient], timeout=0.1) == [Failure("no answer within 0.1 seconds")]
+    assert left.wait(5)

@@ -1,6 +1,8 @@
 """The environments that come with rljax, by hand and by arithmetic; no model takes part."""
 
+import asyncio
 import operator
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rljax import environments
+from rljax import environments, rewards
 from rljax.environments import arithmetic, dialogue
+from rljax.environments.calls import Failure, call_all
 from rljax.environments.guessing import best_score
 from rljax.rewards.matching import exact_match
 from rljax.rewards.overlap import token_f1
@@ -51,6 +54,29 @@ def test_a_reward_that_does_not_apply_is_zero_and_several_are_added():
     for reward, expected in ((never, 0.0), ([never, one], 1.0)):
         _, (turn,) = through(environments.single_turn(reward), {"prompt": "x"}, "y")
         assert turn.reward == expected
+
+
+@pytest.mark.parametrize("make", [environments.single_turn, environments.customer_service, environments.calculator])
+def test_a_reward_of_tokens_is_refused_when_the_environment_is_made(make):
+    short = rewards.on_device(lambda tokens: -tokens.mask.sum(1), name="short")
+    with pytest.raises(ValueError, match=r"the reward short is a JAX function .* one text at a time"):
+        make(reward=[token_f1, short])
+
+
+def test_an_episode_that_is_given_up_cancels_its_reward():
+    ended = threading.Event()
+
+    async def hangs(prompts, completions):
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.set()
+
+    environment = environments.single_turn(hangs)
+    state, _ = environment.reset({"prompt": "x"}, 0)
+    (outcome,) = call_all([lambda: environment.step(state, "y", NO_IDS)], timeout=0.2)
+    assert outcome == Failure("no answer within 0.2 seconds")
+    assert ended.wait(5)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,31 @@ def test_copies_share_a_reset_and_rows_do_not():
     assert not set(seeds) & set(other)
 
 
+def test_a_step_may_change_its_state():
+    """Each copy has a state of its own, also one that cannot be copied, for which reset is called again."""
+
+    def run(extra):
+        seeds = []
+
+        def reset(row, seed):
+            seeds.append(seed)
+            return {"said": [], "seed": seed, **extra()}, np.asarray(row["prompt"])
+
+        def step(state, text, ids):
+            state["said"].append(ids.tolist())
+            return state, Turn(np.asarray([12]), float(len(state["said"])), done=len(state["said"]) == 2)
+
+        return played(Environment(reset, step, 3), ROWS[:2], n=3), seeds
+
+    for extra, resets in ((dict, 2), (lambda: {"lock": threading.Lock()}, 6)):
+        episodes, seeds = run(extra)
+        assert [len(state["said"]) for state in episodes.states] == [2] * 6
+        assert episodes.rewards.sum(1).tolist() == [3.0] * 6
+        assert len({id(state) for state in episodes.states}) == 6
+        assert len(seeds) == resets
+        assert len(set(seeds)) == 2
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +306,19 @@ def test_failures_end_their_own_episodes():
     assert tokens.mask.any(1).tolist() == [True, *[False] * 7, True]
     assert episodes.rewards.sum(1).tolist() == [1.5, 0.5, 0.5, 0.5, 0.5, 0, 0.5, 0, 1.5]
     assert episodes.rollout.finished.tolist() == [False] * 9
+
+
+def test_an_observation_that_the_tokenizer_refuses_ends_its_own_episode():
+    def reset(row, seed):
+        return row["say"], np.asarray([5])
+
+    def step(say, text, ids):
+        return say, Turn(say, 0.5, done=say is None)
+
+    failures = played(Environment(reset, step, 2), [{"say": "\ud800"}, {"say": None}]).failures
+    assert failures[0] is not None
+    assert failures[0].startswith("turn 1: ")
+    assert failures[1] is None
 
 
 def test_a_batch_of_failures_is_an_error():

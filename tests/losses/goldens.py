@@ -44,6 +44,12 @@ RATIOS = [[LN2, LN2, -LN2, -LN2, 0.0]]
 OLD = [[0.0, 0.0, 0.0, 0.0, 0.0]]
 SIGNS = [[1.0, -1.0, 1.0, -1.0, 2.0]]
 CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+SEQUENCES = (
+    [[2 * LN2, 0.0, 50.0], [-1 - LN2, 9.0, 9.0], [5.0, -1 + 0.1823215568, -2 + 0.1823215568]],
+    [[0.0, 0.0, -50.0], [-1.0, 0.0, 0.0], [0.0, -1.0, -2.0]],
+    [[1.0, 1.0, 9.0], [-1.0, 9.0, 9.0], [9.0, 2.0, 2.0]],
+    [[T, T, F], [T, F, F], [F, T, T]],
+)
 
 POLICY = [
     # max(−ρA, −clip(ρ)A): max(−2, −1.3), max(2, 1.3), max(−.5, −.8), max(.5, .8), −2
@@ -59,21 +65,20 @@ POLICY = [
     # the defaults are 0.2 and 0.2
     Golden("losses.ppo_clip_loss", (RATIOS, OLD, SIGNS), [[-1.2, 2.0, -0.5, 0.8, -2.0]], label="defaults"),
     Golden("losses.clip_fraction", (RATIOS, OLD, SIGNS), [[1.0, 0.0, 0.0, 1.0, 0.0]], CLIP, ()),
+    Golden(
+        "losses.clip_fraction",
+        (RATIOS, OLD, SIGNS),
+        [[1.0, 1.0, 0.0, 1.0, 0.0]],
+        CLIP | {"dual_clip": 1.5},
+        (),
+        "dual_clip",
+    ),
     # −clip(ρ)·A·logp: −1.3 ln 2, 1.3 ln 2, 0.8 ln 2, −0.8 ln 2, 0
     Golden("losses.cispo_loss", (RATIOS, OLD, SIGNS), [[-0.901091, 0.901091, 0.554518, -0.554518, 0.0]], CLIP, ()),
     Golden("losses.reinforce_loss", ([[-1.0, -2.0]], [[2.0, -3.0]]), [[2.0, -6.0]], gradient=(0, 1)),
     # s = √(4·1) = 2, 1/2, 1.2:   max(−2, −1.3), max(.5, .8), max(−2.4, −2.4); 0 outside the mask
-    Golden(
-        "losses.gspo_loss",
-        (
-            [[2 * LN2, 0.0, 50.0], [-1 - LN2, 9.0, 9.0], [5.0, -1 + 0.1823215568, -2 + 0.1823215568]],
-            [[0.0, 0.0, -50.0], [-1.0, 0.0, 0.0], [0.0, -1.0, -2.0]],
-            [[1.0, 1.0, 9.0], [-1.0, 9.0, 9.0], [9.0, 2.0, 2.0]],
-            [[T, T, F], [T, F, F], [F, T, T]],
-        ),
-        [[-1.3, -1.3, 0.0], [0.8, 0.0, 0.0], [0.0, -2.4, -2.4]],
-        CLIP,
-    ),
+    Golden("losses.gspo_loss", SEQUENCES, [[-1.3, -1.3, 0.0], [0.8, 0.0, 0.0], [0.0, -2.4, -2.4]], CLIP),
+    Golden("losses.gspo_clip_fraction", SEQUENCES, [[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], CLIP, ()),
     # ½ max(V − R, V_clipped − R)²: ½ max(4, 2.25), ½ max(1, 2.25), ½ 0.36, ½ max(0.04, 0.25)
     Golden(
         "losses.value_clip_loss",
@@ -251,6 +256,29 @@ ADVANTAGES = [
         [[-1.069045, -0.534522, 0.0, 1.603567]],
         {"divide_by_std": True, "ddof": 0, "eps": 0.0},
         label="ddof0",
+    ),
+    # of three with a reward: − 10/3;   /√(19/3) = /2.516611
+    Golden(
+        "advantages.group_relative",
+        ([[1.0, 9.0, 3.0, 6.0]],),
+        [[-2.333333, 0.0, -0.333333, 2.666667]],
+        {"divide_by_std": False, "applies": np.asarray([[T, F, T, T]])},
+        label="applies",
+    ),
+    Golden(
+        "advantages.group_relative",
+        ([[1.0, 9.0, 3.0, 6.0]],),
+        [[-0.927173, 0.0, -0.132453, 1.059626]],
+        {"divide_by_std": True, "eps": 0.0, "applies": np.asarray([[T, F, T, T]])},
+        label="applies-std",
+    ),
+    # the others' means are 9/2, –, 7/2, 2; and nobody to compare with
+    Golden(
+        "advantages.leave_one_out",
+        ([[1.0, 9.0, 3.0, 6.0], [1.0, 2.0, 3.0, 4.0]],),
+        [[-3.5, 0.0, -0.5, 4.0], [0.0, 0.0, 0.0, 0.0]],
+        {"applies": np.asarray([[T, F, T, T], [F, F, T, F]])},
+        label="applies",
     ),
     # the others' means are 11/3, 10/3, 3, 2
     Golden("advantages.leave_one_out", ([[1.0, 2.0, 3.0, 6.0]],), [[-2.666667, -1.333333, 0.0, 4.0]]),

@@ -30,7 +30,8 @@ SIGNATURES = {
         reinforce_loss(logps, advantages) gspo_loss(logps, old_logps, advantages, mask, *, clip_low, clip_high)
         cispo_loss(logps, old_logps, advantages, *, clip_low, clip_high)
         value_clip_loss(values, old_values, returns, *, clip) kl_penalty(logps, ref_logps, *, estimator)
-        clip_fraction(logps, old_logps, advantages, *, clip_low, clip_high)
+        clip_fraction(logps, old_logps, advantages, *, clip_low, clip_high, dual_clip=None)
+        gspo_clip_fraction(logps, old_logps, advantages, mask, *, clip_low, clip_high)
         dpo_loss(A, *, beta, label_smoothing=0.0) ipo_loss(A, *, beta) hinge_loss(A, *, beta)
         robust_dpo_loss(A, *, beta, label_smoothing) exo_loss(A, *, beta, label_smoothing) nca_loss(A, *, beta)
         bco_loss(A, *, beta, delta=0.0) sppo_loss(A, *, beta) apo_zero_loss(A, *, beta) apo_down_loss(A, *, beta)
@@ -44,7 +45,8 @@ SIGNATURES = {
         distillation_loss(student_logits, teacher_logits, *, divergence, temperature=1.0)""",
     "advantages": """gae(rewards, values, mask, *, gamma, lam) discounted_returns(rewards, mask, *, gamma)
         shape_rewards(scores, logps, ref_logps, mask, *, kl_coef, estimator='k1')
-        group_relative(rewards, *, divide_by_std, ddof=1, eps=0.0001) leave_one_out(rewards)
+        group_relative(rewards, *, divide_by_std, ddof=1, eps=0.0001, applies=None)
+        leave_one_out(rewards, *, applies=None)
         adaptive_kl(coef, kl, *, target, horizon, batch_size)""",
 }
 FOUR = "policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps"

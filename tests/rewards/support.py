@@ -11,9 +11,9 @@ PROMPT_IDS = [np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int32), np.ara
 COMPLETION_IDS = [np.arange(4, dtype=np.int32), np.arange(2, dtype=np.int32), np.arange(0, dtype=np.int32)]
 
 
-def begin(given, **changes):
+def begin(given, *, completions=COMPLETIONS, **changes):
     batch = {"fields": FIELDS, "prompt_ids": PROMPT_IDS, "completion_ids": COMPLETION_IDS, **changes}
-    return rewards.start(rewards.as_rewards(given), PROMPTS, COMPLETIONS, **batch)
+    return rewards.start(rewards.as_rewards(given), PROMPTS, completions, **batch)
 
 
 def judge(given, *, timeout=10.0, **waiting):

@@ -1,8 +1,10 @@
 """Rewards by models: reward models of ours, decoders and encoders of Hugging Face, embeddings."""
 
+import concurrent.futures
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -210,6 +212,43 @@ def test_an_encoder_reads_prompt_and_completion_as_one_text_or_as_a_pair(classif
     # 20 positions: the end of the text is what is left
     long = rewards.from_checkpoint(classifier, label="bad")(["dog " * 30], ["cat"])
     np.testing.assert_allclose(long, logits(classifier, [2, *[6] * 17, 5, 3])[:, 0], rtol=1e-4)
+
+
+def test_many_threads_load_a_checkpoint_once(folder, monkeypatch):
+    loads, load = [], hf.load_reward
+
+    def slow(path):
+        loads.append(path)
+        time.sleep(0.2)
+        return load(path)
+
+    monkeypatch.setattr(hf, "load_reward", slow)
+    source = rewards.from_checkpoint(folder, batch=7).fn
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        judges = list(pool.map(checkpoints._open, [source] * 4))
+    assert len(loads) == 1
+    assert all(judge is judges[0] for judge in judges)
+
+
+def test_a_length_that_was_set_is_honoured(folder, trained):
+    """On the device rows are as they were sampled, so a decoder with a max_length stays on the host."""
+    start, _ = trained
+    (reward,) = rewards.opened([rewards.from_checkpoint(folder, max_length=12)], start.tokenizer)
+    assert not reward.on_device
+    long = rewards.from_checkpoint(folder)(PROMPTS, COMPLETIONS)
+    assert abs(reward(PROMPTS, COMPLETIONS)[3] - long[3]) > 1e-4
+
+
+def test_of_a_pair_the_prompt_is_cut_first(classifier):
+    pair = rewards.from_checkpoint(classifier, label="bad", judged="pair")  # 20 positions, three special tokens
+    long, short = ["cat", *["dog"] * 11], ["the", *["cat"] * 9]
+    wanted = [2, *[6] * 5, 3, 5, *[6] * 11, 3]  # of ten and twelve tokens the last five, and all twelve
+    types = [0] * 7 + [1] * 13
+    got = pair(["the cat the cat the " + "dog " * 5], [" ".join(long)])
+    np.testing.assert_allclose(got, logits(classifier, wanted, types=types)[:, 0], rtol=1e-4)
+    both = [2, 3, *[5] * 7, 4, *[5] * 9, 3]  # no room for any prompt: the end of the completion
+    got = pair(["dog"], [" ".join(short * 3)])
+    np.testing.assert_allclose(got, logits(classifier, both, types=[0, 0] + [1] * 18)[:, 0], rtol=1e-4)
 
 
 def test_labels_have_to_be_named_and_there(classifier):

@@ -54,6 +54,15 @@ def test_on_device_as_a_decorator():
     assert rewards.on_device(len, params={"w": 1}, weight=2.0, name="n").params == {"w": 1}
 
 
+def test_on_device_keeps_what_a_reward_has():
+    made = rewards.on_device(rewards.reward(polite, weight=0.25, name="manners"))
+    assert (made.on_device, made.weight, made.name) == (True, 0.25, "manners")
+    weighted = rewards.on_device(len, params={"w": 1}, weight=2.0, name="n")
+    assert rewards.on_device(weighted).params == {"w": 1}
+    assert rewards.on_device(weighted, weight=3.0).weight == 3.0
+    assert rewards.on_device(len).weight == 1.0
+
+
 def test_one_or_many():
     assert [one.name for one in rewards.as_rewards(polite)] == ["polite"]
     assert [one.name for one in rewards.as_rewards(rewards.reward(polite, name="x"))] == ["x"]

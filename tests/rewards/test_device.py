@@ -66,3 +66,18 @@ def test_host_and_device_rewards_together():
     )
     alone = jax.device_get(rewards.judge_on_device([count], (None,), TOKENS))
     assert rewards.merge(host._replace(per_token=None), *alone, np.asarray(TOKENS.mask)).per_token is None
+
+
+def test_a_monitor_on_the_device_does_not_make_a_row_count():
+    def merged(host_weight, device_weight):
+        seen = rewards.on_device(lambda tokens: tokens.mask.sum(1), weight=device_weight, name="seen")
+        judged = jax.device_get(rewards.judge_on_device([seen], (None,), TOKENS))
+        host = rewards.reward(lambda prompts, completions: [0.5, None], weight=host_weight, name="host")
+        said = np.asarray([0.5, np.nan], np.float32)
+        scores = rewards.Scores(host_weight * said, None, {"host": said})
+        return rewards.merge(scores, *judged, np.asarray(TOKENS.mask), [host, seen]).total
+
+    np.testing.assert_array_equal(merged(1.0, 0.0), [0.5, np.nan])
+    np.testing.assert_array_equal(merged(1.0, 2.0), [4.5, 4.0])
+    np.testing.assert_array_equal(merged(0.0, 2.0), [4.0, 4.0])
+    np.testing.assert_array_equal(merged(0.0, 0.0), [0.0, 0.0])  # where all are monitors all decide

@@ -1,7 +1,10 @@
 """Host rewards: how they are called, what they may return, and every way in which they fail."""
 
 import asyncio
+import decimal
+import fractions
 import functools
+import itertools
 import threading
 import time
 
@@ -42,6 +45,7 @@ def returning(value):
         (jnp.asarray([0.5, -1.0, 2.0], jnp.bfloat16), [0.5, -1.0, 2.0]),
         ([jnp.float32(0.5), np.float64(0.25), np.asarray(2)], [0.5, 0.25, 2.0]),
         ((x / 2 for x in range(3)), [0.0, 0.5, 1.0]),
+        ([decimal.Decimal("0.25"), fractions.Fraction(1, 2), 1], [0.25, 0.5, 1.0]),
     ],
 )
 def test_numbers(value, wanted):
@@ -61,6 +65,16 @@ def test_weights_and_rows_to_which_some_or_no_reward_applies():
     np.testing.assert_array_equal(scores.parts["other"], np.asarray([0.5, -0.5, NAN], np.float32))
     nothing = judge(rewards.reward(returning([1.0, None, 2.0]), weight=0.0))
     np.testing.assert_array_equal(nothing.total, np.asarray([0.0, NAN, 0.0], np.float32))
+
+
+def test_a_monitor_does_not_make_a_row_count():
+    some = rewards.reward(returning([1.0, None, None]), weight=2.0, name="some")
+    watched = rewards.reward(returning([5.0, 6.0, None]), weight=0.0, name="watched")
+    scores = judge([some, watched])
+    np.testing.assert_array_equal(scores.total, np.asarray([2.0, NAN, NAN], np.float32))
+    np.testing.assert_array_equal(scores.parts["watched"], np.asarray([5.0, 6.0, NAN], np.float32))
+    alone = judge([watched, rewards.reward(returning([None, None, 1.0]), weight=0.0, name="other")])
+    np.testing.assert_array_equal(alone.total, np.zeros(3, np.float32))  # where all are monitors all decide
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.asarray, lambda x: jnp.asarray(x, jnp.float32)])
@@ -120,6 +134,50 @@ def test_rewards_get_what_their_signature_names():
     assert seen["bare"] == seen["swapped"] == (PROMPTS, COMPLETIONS)
     assert seen["trl"] == (COMPLETIONS, FIELDS["answer"], ["completion_ids", "level", "prompt_ids", "prompts"])
     assert seen["positional"] == (PROMPTS, COMPLETIONS, (), PROMPT_IDS)
+
+
+def test_a_parameter_gets_what_it_is_named_after_wherever_it_stands():
+    seen = {}
+
+    def ids_second(prompts, completion_ids):
+        seen["ids second"] = (prompts, completion_ids)
+        return [0] * 3
+
+    def ids_first(completion_ids, answer):
+        seen["ids first"] = (completion_ids, answer)
+        return [0] * 3
+
+    def as_in_trl(answer, completions, **kwargs):
+        seen["trl"] = (answer, completions, sorted(kwargs))
+        return [0] * 3
+
+    def option(prompts, strength=1.0):
+        seen["option"] = (prompts, strength)
+        return [0] * 3
+
+    def nameless(answer, completions, /):
+        seen["nameless"] = (answer, completions)
+        return [0] * 3
+
+    def own(p, c, level, **kwargs):
+        seen["own"] = (p, c, level, sorted(kwargs))
+        return [0] * 3
+
+    judge([ids_second, ids_first, as_in_trl, option, nameless, own])
+    assert seen["ids second"] == (PROMPTS, COMPLETION_IDS)
+    assert seen["ids first"] == (COMPLETION_IDS, FIELDS["answer"])
+    assert seen["trl"] == (FIELDS["answer"], COMPLETIONS, ["completion_ids", "level", "prompt_ids", "prompts"])
+    assert seen["option"] == (PROMPTS, 1.0)
+    assert seen["nameless"] == (FIELDS["answer"], COMPLETIONS)
+    assert seen["own"] == (PROMPTS, COMPLETIONS, FIELDS["level"], ["answer", "completion_ids", "prompt_ids"])
+
+
+def test_what_cannot_be_told_is_refused():
+    for fn in (lambda prompts, texts: [0], lambda level, texts: [0], lambda texts: [0]):
+        with pytest.raises(rewards.RewardError, match="needs the field texts"):
+            rewards.check_fields(rewards.as_rewards(fn), list(FIELDS))
+    with pytest.raises(rewards.RewardError, match="needs the field gold"):
+        rewards.check_fields(rewards.as_rewards(lambda gold, completions, **rest: [0]), list(FIELDS))
 
 
 def test_an_option_that_was_set_is_no_field():
@@ -227,6 +285,9 @@ SECOND = r"Row 1: prompt \[\{'role': 'user', 'content': 'Hi'\}\], completion 'He
     [
         ([1.0, 2.0], r"returned 2 values for 3 completions"),
         ([1.0] * 4, r"returned 4 values for 3 completions"),
+        (itertools.repeat(1.0), r"returned 4 values for 3 completions"),  # which has no end
+        ([itertools.repeat(1.0)] * 3, r"returned 5 per-token numbers for a completion of 4 tokens"),
+        ([1.0, decimal.Decimal("NaN"), 2.0], r"in row 1: it returned nan"),
         ([1.0, NAN, 2.0], rf"in row 1: it returned nan.*no finite number.*return None.*{SECOND}"),
         (np.asarray([1.0, -np.inf, 2.0]), rf"in row 1: it returned -inf.*{SECOND}"),
         ([1.0, 1e39, 2.0], r"in row 1: it returned 1e\+39.*float32"),
@@ -320,6 +381,59 @@ def test_a_reward_that_hangs_is_named_and_one_that_raises_does_not_wait_for_it()
         with pytest.raises(rewards.RewardError, match="the reward constant failed"):
             judge([hangs, returning(None)], timeout=None)
         assert time.monotonic() - begun < 2
+    finally:
+        wake.set()
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_an_exception_that_cannot_say_what_it_is():
+    def fails(prompts, completions):
+        raise Speechless
+
+    with pytest.raises(rewards.RewardError, match=r"fails failed in row 0: it raised Speechless .*cannot be shown"):
+        judge(fails)
+
+
+def test_a_coroutine_that_is_late_is_cancelled():
+    calls, ended = [], threading.Event()
+
+    async def hangs(prompts, completions):
+        calls.append(len(prompts))
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.set()
+
+    with pytest.raises(rewards.RewardError, match="hangs is not done"):
+        judge(hangs, timeout=0.2)
+    assert ended.wait(5)
+    time.sleep(0.1)
+    assert calls == [3]  # nor is it asked again, row by row, who is to blame
+
+
+def test_a_coroutine_that_blocks_the_loop_stops_itself_alone(monkeypatch):
+    monkeypatch.setattr("rljax.rewards.judging.STALLED", 0.2)
+    wake, begun = threading.Event(), threading.Event()
+
+    async def blocks(prompts, completions):
+        begun.set()
+        wake.wait(20)  # without await
+        return [0] * 3
+
+    async def fine(prompts, completions):
+        await asyncio.sleep(0.01)
+        return [1] * 3
+
+    try:
+        blocked = begin(blocks)
+        assert begun.wait(5)
+        assert judge(fine, timeout=5).total.tolist() == [1.0] * 3
+        wake.set()
+        assert blocked.result(timeout=5).total.tolist() == [0.0] * 3  # it still ends
     finally:
         wake.set()
 

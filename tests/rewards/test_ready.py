@@ -5,13 +5,14 @@ import gzip
 import json
 import math
 import sys
+import time
 from decimal import Decimal
 
 import pytest
 
 from rljax import rewards
 from rljax.rewards.matching import last_number
-from tests.rewards.support import judge
+from tests.rewards.support import begin, judge
 
 
 def of(fn, completions, **options):
@@ -95,6 +96,22 @@ def test_regex_match_searches_and_a_pattern_may_be_a_field():
     assert of(rewards.regex_match, ["aab", "aab"], pattern=["^a+b$", "^ab"]) == [1, 0]
     with pytest.raises(ValueError, match=r"'\(' is not a regular expression: missing \)"):
         of(rewards.regex_match, ["x"], pattern="(")
+
+
+def test_a_pattern_of_none_does_not_apply():
+    assert of(rewards.regex_match, ["aab", "x"], pattern=["^a+b$", None]) == [1, None]
+
+
+@pytest.mark.parametrize("reward", [rewards.regex_match, rewards.format_reward])
+def test_a_pattern_that_hangs_is_named_while_others_go_on(reward, monkeypatch):
+    monkeypatch.setattr("rljax.rewards.matching.PATIENCE", 0.5)
+    hangs = functools.partial(reward, pattern="(a|aa)+$")
+    polls = []
+    said = begin(rewards.reward(hangs, name="hangs"), completions=["fine", "a" * 60 + "b", ""])
+    message = r"(?s)hangs failed in row 1: .*the pattern '\(a\|aa\)\+\$' took more than 0\.5 seconds with the text 'aaa"
+    with pytest.raises(rewards.RewardError, match=message):
+        said.result(timeout=10, poll=lambda: polls.append(time.monotonic()))
+    assert len(polls) > 3  # `re` would have kept this thread out
 
 
 def test_format_reward_wants_the_whole_completion():
