@@ -22,7 +22,7 @@ experiment = presets.cispo(  # loss=losses.cispo_loss
     group=8,
     minibatches=4,
     log_kl=True,
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     schedule=train.linear,
     remat="none",
     eval_every=30,

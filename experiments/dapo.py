@@ -7,6 +7,14 @@ batch is full of groups whose scores differ, since the others teach nothing; agg
 alike; and `overlong_buffer` takes up to 1 off a completion that comes near the budget or is cut by it, so that here
 stories learn to end: watch `completions/clipped_ratio`. No KL penalty; `objective/kl` is only measured. `ppo_tiny.py`
 says what the model is and what the reward counts.
+
+One CPU core: about 40 seconds. Happy words a story on held-out openings, before and after 60 iterations of 64 stories,
+and KL(policy ‖ reference) of the last five; several times as many words as before were expected:
+
+    --seed    before    after    KL (nats)
+    0         0.65      8.89     137
+    1         0.46      9.86     131
+    2         0.56      10.60    117
 """
 
 from ppo_tiny import happy, openings

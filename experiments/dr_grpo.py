@@ -6,6 +6,14 @@ Advantages are scores minus their group's mean, not divided by the standard devi
 nearly always or nearly never solved too much weight; and the loss is divided by a constant, not by each completion's
 own length, which would favour short right answers and long wrong ones. There is no KL penalty in the paper, and none
 here: `objective/kl` is only measured. `ppo_tiny.py` says what the model is and what the reward counts.
+
+One CPU core: about 40 seconds. Happy words a story on held-out openings, before and after 60 iterations of 64 stories,
+and KL(policy ‖ reference) of the last five; several times as many words as before were expected:
+
+    --seed    before    after    KL (nats)
+    0         0.65      9.07     220
+    1         0.46      9.35     190
+    2         0.56      8.70     158
 """
 
 from ppo_tiny import happy, openings

@@ -2,12 +2,14 @@
 
     rljax run experiments/grpo_arithmetic.py
 
-Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). Two CPU cores; the time was never measured
-on an idle machine. Share of right answers at temperature 1, before and after 30 steps; sums are held out together with
-their mirror images. One seed so far; well past 0.6 was expected:
+Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). Six minutes on one CPU core. Share of
+right answers at temperature 1, before and after 30 steps (of 80 answers each: a standard error of at most 0.06); sums
+are held out together with their mirror images. Well past 0.6 was expected:
 
     --seed    training sums before    after    held-out sums before    after
     0         0.16                    0.90     0.10                    0.89
+    1         0.20                    0.86     0.13                    0.74
+    2         0.19                    0.90     0.13                    0.88
 """
 
 import random

@@ -15,8 +15,12 @@ Set-up  A random transformer of one layer writes one token out of 8 after each o
         being the end; every completion has its own reward, uniform in [−1, 1]; β = 0.5. `steps` iterations of
         4 × `samples` completions, Adam, cosine. Each seed has its own transformer. The answers are computed in numpy
         from the logits of the reference, with nothing of rljax.
-Run     rljax run experiments/policy_bandit.py
+Run     rljax run experiments/policy_bandit.py   (ten minutes on one busy CPU core)
 Pass    max |π − answer| < 0.02 over all completions, mean of 3 seeds; where the answer is not π*, max |π − π*| > 0.05.
+Got     max |π − answer|: PPO, RLOO, Dr. GRPO, GRPO 0.0000; REINFORCE++ 0.0034, REINFORCE 0.0077, ReMax 0.0080: nothing
+        but the KL's own noise stops those that compare with the group, since there no advantage is left at π*. k2 in
+        the loss 0.0051; k3 0.0014 and 0.0994 from π*; GRPO with k3 0.0066 and 0.3976 from π*. Two tokens: PPO 0.0001,
+        REINFORCE 0.0045, RLOO 0.0011; RLOO with k2 in the loss 0.0107 and 0.0727 from π*.
 """
 
 import functools

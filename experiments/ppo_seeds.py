@@ -6,6 +6,13 @@ minibatches) is one pure function, `iteration.build(...).whole`; a run is a `lax
 its `vmap` over seeds and learning rates.
 
     rljax run experiments/ppo_seeds.py
+
+All 32 runs of 150 iterations take two minutes on one busy CPU core, compiling included. Expected: all seeds learn it,
+the higher learning rate sooner. Reward at first, and at last with its 95% interval over 16 seeds (the curves are in
+runs/ppo_seeds/curves.png):
+
+    learning rate 0.001    0.060    0.821 ± 0.026    seeds from 0.734 to 0.911    KL 29.8 nats
+    learning rate 0.003    0.060    0.782 ± 0.044    seeds from 0.518 to 0.859    KL 32.4 nats
 """
 
 import dataclasses

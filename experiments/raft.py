@@ -5,6 +5,14 @@
 Of eight completions of each prompt the best becomes a demonstration; no advantage, no ratio, no reference. With
 `threshold` only those become one whose score exceeds it, as in expert iteration (arXiv:1705.08439) and STaR
 (arXiv:2203.14465). `objective/kl` is only measured. `ppo_tiny.py` says what the model is and what the reward counts.
+
+One CPU core: about 30 seconds. Happy words a story on held-out openings, before and after 60 iterations of 64 stories,
+and KL(policy ‖ reference) of the last five; several times as many words as before were expected:
+
+    --seed    before    after    KL (nats)
+    0         0.65      7.09     207
+    1         0.46      8.88     148
+    2         0.56      7.98     182
 """
 
 from ppo_tiny import happy, openings

@@ -5,6 +5,14 @@
 One sample a prompt. A token's advantage is what is still to come, the score less the KL of the tokens from here on,
 normalised over the whole batch: the batch's mean is the baseline, not a group's, so that prompts are compared with each
 other. `ppo_tiny.py` says what the model is and what the reward counts.
+
+One CPU core: 130 seconds. Happy words a story on held-out openings, before and after 100 iterations of 64 stories,
+and KL(policy ‖ reference) of the last five; several times as many words as before were expected:
+
+    --seed    before    after    KL (nats)
+    0         0.65      7.21     40
+    1         0.46      8.40     48
+    2         0.56      7.33     37
 """
 
 from ppo_tiny import happy, openings

@@ -20,7 +20,7 @@ experiment = presets.remax(  # loss=losses.reinforce_loss, advantage=advantages.
     steps=100,
     batch=64,
     kl_reward=0.1,
-    learning_rate=1e-3,
+    learning_rate=3e-4,
     schedule=train.linear,
     remat="none",
     eval_every=50,

@@ -4,6 +4,14 @@
 
 The whole completion is one action: its advantage is its score, less the KL of the sequence, minus the mean of the other
 three of its prompt; no critic, no ratio, no clip. `ppo_tiny.py` says what the model is and what the reward counts.
+
+One CPU core: about 60 seconds. Happy words a story on held-out openings, before and after 100 iterations of 64 stories,
+and KL(policy ‖ reference) of the last five; several times as many words as before were expected:
+
+    --seed    before    after    KL (nats)
+    0         0.65      7.61     36
+    1         0.46      8.98     42
+    2         0.56      7.46     33
 """
 
 from ppo_tiny import happy, openings

@@ -457,9 +457,9 @@ KINDS = {
     ),
     "reference norm": lambda common: presets.ppo_ziegler2019(**common, normalize_reference=8, whiten_rewards=True),
     "grpo": lambda common: presets.grpo(**common | {"group": 2}),
-    "dapo": lambda common: presets.dapo(**common | {"group": 3, "max_age": 2, "overlong_buffer": 4}),
+    "dapo": lambda common: presets.dapo(**common | {"group": 3, "max_age": 2, "overlong_buffer": 4, "minibatches": 3}),
     "dapo, jax reward": lambda common: presets.dapo(
-        **common | {"group": 3, "reward": (short, vowels), "overlong_buffer": 4}
+        **common | {"group": 3, "reward": (short, vowels), "overlong_buffer": 4, "minibatches": 2}
     ),
     "gspo": lambda common: presets.gspo(**common | {"group": 2, "minibatches": 2, "microbatches": 2}),
     "remax": lambda common: presets.remax(**common, missing_eos_score=-1.0),

@@ -1,12 +1,13 @@
 """What the README says is run: its Python snippets, its experiment, its commands."""
 
+import functools
 import pathlib
 import re
 
 import jax.numpy as jnp
 import pytest
 
-from rljax import cli, presets, rewards
+from rljax import cli, data, online, presets, rewards, sharding, tracking
 from rljax.types import Tokens
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,6 +42,27 @@ def test_the_online_snippet_is_an_experiment_that_runs(stories, tmp_path):
     exec(SNIPPETS[4], space)
     everything = jnp.ones((2, 3), bool)
     assert space["brief"](Tokens(ids=everything.astype(int), segments=everything, mask=everything)).shape == (2,)
+
+
+@pytest.mark.slow
+def test_the_environment_snippet_trains(stories, tmp_path):
+    space = {}
+    exec(SNIPPETS[5], space)
+    experiment = presets.grpo(
+        model=str(stories),
+        data=str(data.write_jsonl(tmp_path / "words.jsonl", [{"word": word} for word in ("cat", "day", "sun") * 8])),
+        environment=space["rhyming"],
+        turn_tokens=4,
+        max_completion=40,
+        steps=1,
+        batch=4,
+        eval_rows=2,
+        mesh=functools.partial(sharding.make_mesh, fsdp=1),
+        out=str(tmp_path),
+        name="rhyming",
+    )
+    assert online.run(experiment) == 0
+    assert len(tracking.read_rows(tmp_path / "rhyming" / "metrics.jsonl")) == 2
 
 
 def test_presets_and_rewards_that_are_named_exist():
