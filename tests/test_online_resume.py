@@ -47,7 +47,9 @@ KINDS = {{
     "ppo": lambda: online.PPO(
         **common, epochs=2, minibatches=2, normalize_running=True, kl_target=2.0, kl_horizon=50, ema=0.9
     ),
-    "dapo": lambda: presets.dapo(**common | dict(group=3, max_age=2, overlong_buffer=4, minibatches=2, learning_rate=1e-5)),
+    "dapo": lambda: presets.dapo(
+        **common | dict(group=3, max_age=2, overlong_buffer=4, minibatches=2, learning_rate=1e-5)
+    ),
     "lag": lambda: presets.rloo(**common | dict(group=2), lag=1, old_logps="trainer", importance_cap=2.0),
 }}
 experiment = KINDS[os.environ["RLJAX_TEST_KIND"]]()
