@@ -210,3 +210,16 @@ def test_the_sweep_draws_its_curves(load, tmp_path, capsys):
 def test_one_seed_has_no_confidence(load):
     with pytest.raises(ValueError, match="seeds=1 must be at least 2"):
         load("ppo_seeds").main(seeds=1)
+
+
+# --- self-play --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("copies", [False, True])
+def test_self_play_takes_two_steps(load, capsys, copies):
+    status = load("self_play").main(steps=2, episodes=8, copies=copies)
+    printed = capsys.readouterr().out
+    assert "step   0  coins paid" in printed
+    assert "step   1  coins paid" in printed
+    assert printed.splitlines()[-1] == ("FAIL" if status else "pass")
