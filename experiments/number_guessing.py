@@ -2,7 +2,17 @@
 
     rljax run experiments/number_guessing.py --model path/to/a/checkpoint
 
-Not measured yet.
+The model is a folder with a checkpoint in Hugging Face's form; these are the figures of stories260K. Two minutes on one
+CPU core. A hit at the first of three guesses is worth 1, at the second 2/3, at the third 1/3. The best strategy earns
+0.52 (`environments.best_score`), the same three letters whatever is answered 0.29. On held-out rows, before and after
+120 iterations of 128 episodes:
+
+    --seed    before    after
+    0         0.13      0.43
+    1         0.14      0.20
+    2         0.16      0.41
+
+Seeds 0 and 2 listen: "D later: W", "D earlier: A". Seed 1 has not found out in this time; more was expected of it.
 """
 
 from rljax import environments, online
