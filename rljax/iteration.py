@@ -267,7 +267,9 @@ def reward_metrics(verdict: Verdict) -> Metrics:
 
 
 def _untrained_where(rollout: Rollout, rows: Array) -> Rollout:
-    tokens = dataclasses.replace(rollout.tokens, mask=rollout.tokens.mask & ~rows[:, None])
+    """These rows become padding, which weighs nothing."""
+    keep, tokens = ~rows[:, None], rollout.tokens
+    tokens = dataclasses.replace(tokens, segments=jnp.where(keep, tokens.segments, 0), mask=tokens.mask & keep)
     return dataclasses.replace(rollout, tokens=tokens)
 
 

@@ -74,7 +74,7 @@ def ppo(
     settings: dict[str, Any] = {
         "sampling": sampling,
         "max_trained": run.max_completion,
-        "entropy": run.entropy_coef != 0,
+        "entropy": used(run.entropy_coef),
     }
     if critic is None:
         head = models.scalar_head(model.config.hidden_size).init(jax.random.key(run.seed))
@@ -110,7 +110,7 @@ def ppo(
 
 def policy_gradient(run: Any, model: LanguageModel, params: Params, sampling: Sampling) -> Method:
     """No critic: `run.advantage` compares completions of a prompt, or adds up what is still to come."""
-    view = views.of_policy(model, sampling=sampling, max_trained=run.max_completion, entropy=run.entropy_coef != 0)
+    view = views.of_policy(model, sampling=sampling, max_trained=run.max_completion, entropy=used(run.entropy_coef))
     names = inspect.signature(run.advantage).parameters
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PolicyBatch, Metrics]:
@@ -200,8 +200,13 @@ def imitation(run: Any, model: LanguageModel, params: Params, sampling: Sampling
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
+def used(coefficient: Any) -> bool:
+    """Whether there is anything to multiply: not for the number 0, but for one that is traced (a sweep by `vmap`)."""
+    return not (isinstance(coefficient, int | float) and coefficient == 0)
+
+
 def _wants_reference(run: Any) -> bool:
-    return bool(run.kl_reward or run.kl_loss or run.log_kl)
+    return used(run.kl_reward) or used(run.kl_loss) or run.log_kl
 
 
 def _policy_objective(run: Any, view: views.Look, model: LanguageModel, **critic: Any) -> LossFn:
@@ -246,7 +251,7 @@ def _token_rewards(run: Any, rollout: Rollout, notes: Notes, judged: Judged, kl_
     if judged.per_token is not None:
         rewards = jnp.where(mask, rewards + judged.per_token, 0.0)
     metrics = _rollout_metrics(rollout, notes, judged, run)
-    if run.kl_reward:
+    if used(run.kl_reward):
         penalty = ops.sequence_sum(losses.kl_penalty(old, ref, estimator=run.kl_estimator), mask)
         real = judged.applies
         metrics |= {
@@ -254,7 +259,7 @@ def _token_rewards(run: Any, rollout: Rollout, notes: Notes, judged: Judged, kl_
             "objective/rlhf_reward": ops.masked_mean(judged.scores - coef * penalty, real),
             "objective/kl_coef": ops.masked_mean(coef, jnp.ones((), bool)),
         }
-    elif run.kl_loss:
+    elif used(run.kl_loss):
         metrics["objective/kl_coef"] = ops.masked_mean(run.kl_loss * kl_factor, jnp.ones((), bool))
     return rewards, metrics
 
@@ -276,8 +281,8 @@ def _policy_batch(run: Any, rollout: Rollout, notes: Notes, gained: Array, kl_fa
         tokens=rollout.tokens,
         old_logps=old,
         advantages=gained,
-        ref_logps=notes.ref_logps if run.kl_loss else None,
-        kl_coef=jnp.full(len(mask), run.kl_loss * kl_factor) if run.kl_loss else None,
+        ref_logps=notes.ref_logps if used(run.kl_loss) else None,
+        kl_coef=jnp.full(len(mask), run.kl_loss * kl_factor) if used(run.kl_loss) else None,
         importance=importance,
     )
 

@@ -156,7 +156,12 @@ def masked_whiten(
 
 
 def aggregate(
-    x: Real[ArrayLike, "b t"], mask: Bool[ArrayLike, "b t"], *, mode: str, length: Scalar | None = None
+    x: Real[ArrayLike, "b t"],
+    mask: Bool[ArrayLike, "b t"],
+    *,
+    mode: str,
+    length: Scalar | None = None,
+    rows: Bool[ArrayLike, " b"] | None = None,
 ) -> Mean:
     """A per-token loss to the sum and weight that the update divides; the modes of policy-gradient papers.
 
@@ -165,20 +170,21 @@ def aggregate(
     "seq_mean_token_sum"   mean over rows of the row's sum: REINFORCE and RLOO on whole completions (arXiv:2402.14740)
     "constant"             Σ x / (b · length): Dr. GRPO (arXiv:2503.20783), TRL's "dr_grpo"; length is the token budget
 
-    An empty row has sum and mean 0 and still counts as a row. `length` is read by "constant" only.
+    An empty row has sum and mean 0 and still counts as a row, unless `rows` says which do. `length` is read by
+    "constant" only.
     Raises ValueError for an unknown mode, or for "constant" without length.
     """
     tokens = masked_mean(x, mask)
-    rows = jnp.asarray(jnp.shape(x)[0], tokens.weight.dtype)
+    count = jnp.asarray(jnp.shape(x)[0] if rows is None else jnp.sum(jnp.asarray(rows)), tokens.weight.dtype)
     match mode:
         case "token_mean":
             return tokens
         case "seq_mean_token_mean":
-            return Mean(total=jnp.sum(sequence_mean(x, mask)), weight=rows)
+            return Mean(total=jnp.sum(sequence_mean(x, mask)), weight=count)
         case "seq_mean_token_sum":
-            return Mean(total=tokens.total, weight=rows)
+            return Mean(total=tokens.total, weight=count)
         case "constant" if length is not None:
-            return Mean(total=tokens.total, weight=rows * length)
+            return Mean(total=tokens.total, weight=count * length)
         case "constant":
             raise ValueError('aggregate mode "constant" divides by rows · length: pass length=, e.g. max_new_tokens.')
     modes = '"token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"'

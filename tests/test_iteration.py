@@ -79,6 +79,25 @@ def test_fewer_slots_sample_the_same():
     chex.assert_trees_all_equal(rollout(4).tokens, rollout(None).tokens)
 
 
+def test_coefficients_can_be_swept():
+    """The KL's coefficient and the entropy's are numbers like any other: a sweep over them is one program."""
+    reference = sharp(1), sharp()  # kept before anything is traced
+
+    def moved(kl, entropy):
+        made = build(settings.PolicyGradient, group=2, kl_reward=kl, kl_loss=kl, entropy_coef=entropy)
+        start = made.learner
+        learner, metrics, _ = made.parts.whole(start, reference[0], worth(), prompts(), None, KEY)
+        return metrics["objective/kl_coef"].value(), optax.tree.norm(
+            optax.tree.sub(learner.train.params, start.train.params)
+        )
+
+    found, steps = jax.jit(jax.vmap(moved))(jnp.asarray([0.1, 0.1, 0.3]), jnp.asarray([0.01, 0.5, 0.01]))
+    np.testing.assert_allclose(found, [0.1, 0.1, 0.3], rtol=1e-6)
+    alone = jax.jit(lambda: moved(0.1, 0.5))()
+    np.testing.assert_allclose(steps[1], alone[1], rtol=1e-4)
+    assert len(set(np.asarray(steps).tolist())) == 3
+
+
 # --- PPO with everything that has a state -----------------------------------------------------------------------------
 
 

@@ -389,6 +389,9 @@ def test_rows_without_a_reward_leave_their_group_to_the_others():
     # lengths are those of all completions; the one reward of the third group has nothing to differ from
     assert metrics["completions/mean_length"] == pytest.approx(sum(LENGTHS) / 12)
     assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    for mode in ("seq_mean_token_mean", "seq_mean_token_sum"):  # means over the rows that are trained
+        method = group_method(group_run(aggregate=mode))
+        assert float(method.loss_fn(method.params, batch)[0].weight) == 8
 
 
 def test_all_rows_without_a_reward_are_zeros_and_no_nans():
@@ -575,8 +578,9 @@ def test_demonstrations_are_the_best_of_each_group_above_the_threshold(threshold
 
 
 def test_a_judged_row_that_is_not_trained_changes_no_statistic_of_the_loss():
-    """The mask of a None row is off in what is trained on, so padding may hold anything there."""
+    """A None row is padding in what is trained on: it may hold anything, and counts as no row."""
     judged = Judged(scores=jnp.zeros(6), applies=jnp.asarray([True] * 5 + [False]))
     rollout = iteration._untrained_where(tiny.rollout(), ~judged.applies)
     assert not np.asarray(rollout.tokens.mask)[5].any()
+    assert not np.asarray(rollout.tokens.segments)[5].any()
     np.testing.assert_array_equal(np.asarray(rollout.tokens.mask)[:5], np.asarray(tiny.rollout().tokens.mask)[:5])

@@ -273,9 +273,10 @@ TABLE = [
     *mutations(
         "ops.aggregate",
         ("jnp.sum(sequence_mean(x, mask))", "tokens.total"),
-        ("weight=rows * length", "weight=rows"),
-        ("            return tokens", "            return Mean(total=tokens.total, weight=rows)"),
-        ("total=tokens.total, weight=rows)", "total=tokens.total, weight=tokens.weight)"),
+        ("weight=count * length", "weight=count"),
+        ("            return tokens", "            return Mean(total=tokens.total, weight=count)"),
+        ("total=tokens.total, weight=count)", "total=tokens.total, weight=tokens.weight)"),
+        ("jnp.sum(jnp.asarray(rows))", "jnp.shape(x)[0]"),
     ),
 ]
 

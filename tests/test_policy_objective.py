@@ -79,6 +79,9 @@ def by_hand(tree, data, aggregate):
         }.items():
             terms.setdefault(name, []).append(number)
     flat = np.concatenate(rows)
+    real = np.asarray(data.tokens.segments).any(axis=1)
+    rows = [row for row, there in zip(rows, real, strict=True) if there]  # padding is no row, an empty response is one
+    assert len(rows) == 7
     total = {
         "token_mean": flat.mean(),
         "seq_mean_token_mean": np.mean([np.mean(row) if row else 0.0 for row in rows]),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import losses, ops
-from rljax.objectives.offline import supervised
+from rljax.objectives.offline import real_rows, supervised
 from rljax.types import LanguageModel, LossFn, Mean, Metrics, Params, PolicyBatch
 from rljax.views import Look, View, decoder_params
 
@@ -35,7 +35,7 @@ def policy(
     look: (params, tokens) -> the log-probabilities, entropies and values of the trained tokens (see `views`).
     loss: a surrogate `(logps, old_logps, advantages) -> [b t]`; it gets what its parameters are named after, out of
       logps, old_logps, advantages, mask (so `reinforce_loss(logps, advantages)` fits, and `gspo_loss` with its mask).
-    aggregate, length: see `ops.aggregate`.
+    aggregate, length: see `ops.aggregate`; rows without any token (no reward applies to them) do not count.
     kl_estimator: of the penalty in the loss (GRPO), where the batch has `ref_logps` and `kl_coef`.
     value_loss: `(values, old_values, returns) -> [b t]`, where the batch has returns.
     pretrain: (model, γ) adds γ · negative log-likelihood per token of `batch.pretrain` (PPO-ptx, InstructGPT Eq. 2).
@@ -62,7 +62,8 @@ def policy(
             per_token += value_coef * value
             metrics["loss/value_avg"] = ops.masked_mean(value, mask)
         metrics |= _distance(view, batch, clipped)
-        objective = ops.aggregate(per_token, mask, mode=aggregate, length=length)
+        real = real_rows(batch.tokens)
+        objective = ops.aggregate(per_token, mask, mode=aggregate, length=length, rows=real)
         if pretrain is None:
             return objective, metrics
         model, coef = pretrain

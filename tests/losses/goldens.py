@@ -332,6 +332,13 @@ OPS = [
         "ops.masked_whiten", WHITEN, [[2.244071, 2.622036], [0.0, 4.133893]], {"shift_mean": False}, label="rewards"
     ),
     Golden("ops.masked_whiten", WHITEN, [[-0.666667, -0.333333], [0.0, 1.0]], {"eps": 2.0}, label="eps"),  # /√9
+    Golden(
+        "ops.aggregate",
+        (X, TRAINED),
+        (7.0, 2.0),
+        {"mode": "seq_mean_token_mean", "rows": np.asarray([T, T, F])},
+        label="rows",
+    ),
 ] + [
     Golden("ops.aggregate", (X, TRAINED), expected, {"mode": mode} | options, label=mode)
     for mode, options, expected in [

@@ -24,7 +24,8 @@ MASKED = [golden for golden in GOLDENS if any(a.dtype == bool and a.ndim == 2 fo
 # the names of the design, whose order and keywords callers outside the project rely on
 SIGNATURES = {
     "ops": """token_logps(logits, ids) entropy(logits) sequence_sum(x, mask) sequence_mean(x, mask) masked_mean(x, mask)
-        masked_whiten(x, mask, *, shift_mean=True, ddof=1, eps=1e-08) aggregate(x, mask, *, mode, length=None)""",
+        masked_whiten(x, mask, *, shift_mean=True, ddof=1, eps=1e-08)
+        aggregate(x, mask, *, mode, length=None, rows=None)""",
     "losses": """
         ppo_clip_loss(logps, old_logps, advantages, *, clip_low=0.2, clip_high=0.2, dual_clip=None)
         reinforce_loss(logps, advantages) gspo_loss(logps, old_logps, advantages, mask, *, clip_low, clip_high)
