@@ -3,7 +3,9 @@ language: an answer is an episode of one turn, and its reward is the F1 of the w
 
     rljax run experiments/question_answering.py
 
-Needs `pip install "rljax[gguf,environments]"`. Not measured yet.
+Needs `pip install "rljax[gguf,environments]"`. The model is fetched once (93 MB). Not measured to the end: on held-out
+questions the F1 is 0.02 at first (answers are cut at 24 tokens), and ten iterations on half a CPU core, four minutes,
+have not moved it. A model of this size hardly knows these facts, so little is to be expected of it.
 """
 
 from rljax import environments, presets, rewards

@@ -3,7 +3,19 @@
 
     rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
 
-Needs `pip install "rljax[gguf,metrics]"`. Not measured yet.
+Needs `pip install "rljax[gguf,metrics]"`; the model is fetched once (93 MB). The sentences of the figures below are the
+10,662 of Pang and Lee (2005). Half a CPU core: 48 minutes with the defaults (60, 60 and 24 steps). Expected: a reward
+model well above chance, and a policy that it likes better at a KL of a few nats, with the gold reward, VADER's
+sentiment, following some of the way. Measured on held-out pairs and prompts, one seed:
+
+                                           before    after
+    accuracy of the reward model           0.49      0.67
+    reward model's score of the policy     −0.08     0.29
+    gold reward of the policy              0.24      0.26
+    KL(policy ‖ SFT model), nats           0.0       1.1
+
+So PPO raises what it is paid for. With a reward model of this accuracy and so few steps, what it stands for has hardly
+moved (64 prompts, standard error of a mean about 0.05); `--steps-rm`, `--openings` and `--steps-ppo` are for that.
 """
 
 import functools

@@ -44,7 +44,7 @@ def write_report(
     pages = plots.draw_curves(metrics, timing) + [(title, figure) for title, figure in figures]
     parts = [
         f"# {escape(folder.resolve().name)}",
-        _summary(metrics, timing, read_json(folder / "experiment.json")),
+        "" if sections and not metrics else _summary(metrics, timing, read_json(folder / "experiment.json")),
         _results(metrics),
         *(f"## {escape(title)}\n\n{text.strip()}" for title, text in sections),
         _curves(folder, pages),
