@@ -4,9 +4,8 @@ arXiv:1707.06347; the KL penalty in the reward: Ziegler et al. 2019, arXiv:1909.
     rljax run experiments/ppo_tiny.py --model path/to/a/checkpoint
 
 The model is a folder with a checkpoint in Hugging Face's form; these are the figures of stories260K, a Llama that
-writes children's stories. The reward counts how many of 18 happy words a story has (one that is there twice counts
-once). Two CPU cores: 77 seconds, one: 110 to 130. Words on held-out openings before and after 100 iterations of 64
-stories, and KL(policy ‖ reference) of the last five; several times as many as before were expected:
+writes children's stories. Two CPU cores: 77 seconds, one: 110 to 130. Happy words a story on held-out openings, before
+and after 100 iterations of 64 stories, and KL(policy ‖ reference) at last; several times as many were expected:
 
     --seed    before    after    KL (nats)
     0         0.65      5.72     19
