@@ -11,6 +11,7 @@ import pytest
 
 from rljax import advantages, iteration, losses, methods, policy, rewards, selfchecks, settings, shaping
 from rljax.filters import Sampling
+from rljax.types import Mean
 from tests import tiny
 
 STOPS = (0, *range(5, 60, 5))  # the first is also the id that prompts are padded with
@@ -96,6 +97,14 @@ def test_coefficients_can_be_swept():
     alone = jax.jit(lambda: moved(0.1, 0.5))()
     np.testing.assert_allclose(steps[1], alone[1], rtol=1e-4)
     assert len(set(np.asarray(steps).tolist())) == 3
+
+
+def test_a_kl_that_was_not_measured_moves_no_coefficient():
+    """No reward applied to any row: the mean over no rows is 0, and says nothing about the KL."""
+    run = settings.PPO(model="", data="", reward=len, kl_target=6.0)
+    for weight, expected in ((0.0, 1.5), (8.0, 1.5 * (1 - 0.2 * 8 / run.kl_horizon))):
+        metrics = {"objective/kl": Mean(total=jnp.zeros(()), weight=jnp.asarray(weight))}
+        assert float(iteration._next_factor(run, jnp.asarray(1.5), metrics, 8)) == pytest.approx(expected, rel=1e-6)
 
 
 # --- PPO with everything that has a state -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 
 from rljax import advantages, cli, losses, online, presets, program, rewards, settings, train
 from rljax.environments import number_guessing
+from rljax.models.resolve import load_tokenizer
 from rljax.objectives.online import surrogate_inputs
 
 COMMON = {"model": "m", "data": "d.jsonl", "reward": len, "batch": 16}
@@ -222,3 +223,12 @@ def test_descriptions_are_json_of_a_size():
         text = json.dumps(program.describe(dataclasses.replace(made("grpo"), reward=reward)))
         assert len(text) < 5_000
         assert "Judge" in text or "lambda" in text
+
+
+def test_further_stops_are_single_tokens(stories):
+    tokenizer = load_tokenizer(stories)
+    run = made("grpo", stop=("<unk>", "."))
+    first, second = settings.stop_ids(run, tokenizer)
+    assert tokenizer.convert_ids_to_tokens([first, second]) == ["<unk>", "."]
+    with pytest.raises(ValueError, match=r"stop='once upon' is \d tokens to this tokenizer"):
+        settings.stop_ids(made("grpo", stop=("once upon",)), tokenizer)
