@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rljax import data
+from rljax import data, settings
 from rljax.environments import Episodes, play
 from rljax.policy import Policy
-
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "min_new_tokens")  # settings of a run that `generate` takes
 
 
 def of_rows(
@@ -46,7 +45,7 @@ def of_rows(
         max_prompt=width,
         max_length=width + run.max_completion,
         n=n,
-        sampling={name: getattr(run, name) for name in DRAWN},
+        sampling=dataclasses.asdict(settings.sampling(run, now.stop_ids)),
         seed=int(words[0]),
         timeout=run.reward_timeout,
         poll=poll,

@@ -27,11 +27,11 @@ class Written(NamedTuple):
 def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) -> Written:
     """One completion of each row's prompt, sampled as in training, and judged."""
     now = setup.start._replace(params=exported(learner))
-    drawn = dataclasses.asdict(settings.sampling(run, ()))
-    drawn.pop("stop_ids")
     key = jax.random.key(np.uint32(seed))
     if run.environment is not None:
         return _episodes(run, setup, now, rows, key, seed)
+    drawn = dataclasses.asdict(settings.sampling(run, ()))
+    drawn.pop("stop_ids")
     asked = [row["prompt"] for row in rows]
     made = policy.complete(
         now,
