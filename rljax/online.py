@@ -15,35 +15,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import signal
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 
 from rljax import (
     collect,
-    critics,
-    data,
     evaluation,
     evidence,
-    iteration,
     judges,
-    methods,
-    models,
     objectives,
-    policy,
     program,
-    prompts,
     reference,
     report,
-    rewards,
     sampling,
     selfchecks,
     settings,
@@ -52,35 +40,16 @@ from rljax import (
 )
 from rljax.checkpoint import Checkpoints
 from rljax.iteration import Learner, Trace
+from rljax.online_setup import Setup, set_up
 from rljax.program import Evaluation, Progress
 from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient, Sampled
-from rljax.types import Mean, Metrics, Params, Tokens
+from rljax.types import Mean, Metrics
 
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
 HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence")
 HARMLESS += ("reward_timeout", "max_rounds")
 HEADLINE = "objective/scores"
-
-
-class Setup(NamedTuple):
-    """Everything that a run is made of, before its first iteration."""
-
-    start: policy.Policy  # where training starts, and the reference
-    method: methods.Method
-    sampler: collect.Sampler
-    held_out: data.Rows
-    learner: Learner
-    shardings: Learner
-    reference: Params | None
-    reward_params: tuple[Any, ...]
-    annotate: Callable[..., methods.Notes]  # compiled, as are the next two; None where `whole` does it
-    learn: Callable[..., Any] | None
-    whole: Callable[..., Any] | None  # where all rewards are JAX functions
-    pretrain: Callable[[int], Tokens | None]  # iteration -> pretraining text
-    look: Callable[[Params, Tokens], jax.Array]  # compiled: f32[b t] log-probabilities
-    schedule: optax.Schedule
-    memory: Any  # the compiler's analysis of the update
 
 
 class State(NamedTuple):
@@ -132,109 +101,6 @@ def selfcheck(experiment: Sampled, file: str | pathlib.Path | None = None) -> in
         return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
 
 
-def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker, stop: tracking.Stop) -> Setup:
-    """Policy, prompts, rewards, state on its shardings, compiled functions: each needs those before it."""
-    with tracker.phase(f"loading {run.model}"):
-        start = program.load_policy(run, mesh)
-        start = start._replace(stop_ids=start.stop_ids + settings.stop_ids(run, start.tokenizer))
-        critic = critics.load(run, start, mesh) if isinstance(run, PPO) else None
-    train_rows, held_out = program.read_rows(run, start, folder, tracker)
-    for rows in (train_rows, held_out):
-        data.check(rows, data.prompt_row if run.environment is None else dict)
-    asked = () if run.reward is None else rewards.as_rewards(run.reward)
-    rewards.check_fields(asked, prompts.fields(train_rows))
-    asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
-    drawn = settings.sampling(run, start.stop_ids)
-    method = _method(run, start, critic, drawn)
-    optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
-    learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
-    learner, shardings = program.place_state(learner, models.RULES, mesh)
-    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
-    source = prompts.prompts(run, start.tokenizer, train_rows)
-    pretrain = _pretrain(run, start, mesh)
-    base = start.params if method.reference else None
-    reward_params = rewards.device_params(asked)
-    example = (learner, base, reward_params, collect.abstract_prompts(run, source, mesh), pretrain(0))
-    compiled = _compile(run, parts, method, shardings, example, asked, tracker)
-    sampler = collect.Sampler(
-        run=run,
-        mesh=mesh,
-        start=start,
-        judges=judges.make(
-            asked,
-            tokenizer=start.tokenizer,
-            mesh=mesh,
-            timeout=run.reward_timeout,
-            stop=stop,
-            say=tracker.status,
-        ),
-        source=source,
-        sample=compiled["sample"],
-        greedy=compiled["greedy"],
-        queue=compiled["queue"],
-    )
-    plain = views.of_policy(start.model, sampling=drawn, max_trained=run.max_completion)
-    return Setup(
-        start=start,
-        method=method,
-        sampler=sampler,
-        held_out=held_out,
-        learner=learner,
-        shardings=shardings,
-        reference=base,
-        reward_params=reward_params,
-        annotate=compiled["annotate"],
-        learn=compiled["learn"],
-        whole=compiled["whole"],
-        pretrain=pretrain,
-        look=jax.jit(lambda params, tokens: plain(params, tokens).logps),
-        schedule=schedule,
-        memory=(compiled["whole"] or compiled["learn"]).memory_analysis(),
-    )
-
-
-def _compile(
-    run: Sampled,
-    parts: iteration.Iteration,
-    method: methods.Method,
-    shardings: Learner,
-    example: tuple[Any, ...],
-    asked: Sequence[rewards.Reward],
-    tracker: tracking.Tracker,
-) -> dict[str, Any]:
-    """Each function once, before the first iteration; another shape would be an error then, not a recompile."""
-    learner, base, reward_params, prompt, text = example
-    key, params = jax.random.key(0), learner.train.params
-    mesh = prompt.ids.sharding.mesh
-    rolled = jax.eval_shape(parts.sample, params, prompt, key)
-    names = [one.name for one in asked] if run.environment is None else ["environment"]
-    rollout = collect.placed(rolled, mesh)
-    rows = jax.tree.map(lambda x: x.sharding, rollout)
-    found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
-    if collect.queued(run):
-        found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=_local_rows(run) * (run.lag or 1))
-    out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
-    if asked and all(one.on_device for one in asked) and not collect.queued(run):
-        with tracker.phase("compiling the iteration"):
-            whole = jax.jit(parts.whole, donate_argnums=0, **out)
-            found["whole"] = whole.lower(learner, base, reward_params, prompt, text, key).compile()
-        return found
-    with tracker.phase("compiling the sampler"):
-        if run.environment is None:
-            found["sample"] = jax.jit(parts.sample, out_shardings=rows).lower(params, prompt, key).compile()
-        if method.greedy:
-            found["greedy"] = jax.jit(parts.sample_greedy).lower(params, prompt).compile()
-    with tracker.phase("compiling the update"):
-        notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
-        shaped = jax.tree.map(lambda x: x.sharding, notes)
-        found["annotate"] = jax.jit(parts.annotate, out_shardings=shaped).lower(params, base, rollout).compile()
-        verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
-        # With a lag rewards are awaited after the update: if they fail, it has to be as if it had not been made.
-        learn = jax.jit(parts.learn, donate_argnums=() if run.lag else 0, **out)
-        found["learn"] = learn.lower(learner, rollout, notes, verdict, text, key).compile()
-    return found
-
-
 def _tracker(run: Sampled, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
     return tracking.Tracker(
         folder,
@@ -244,19 +110,6 @@ def _tracker(run: Sampled, folder: pathlib.Path, resumed: int | None) -> trackin
         wandb="rljax" if run.wandb else None,
         config=program.describe(run),
     )
-
-
-def _method(run: Sampled, start: policy.Policy, critic: Any, drawn: Any) -> methods.Method:
-    match run:
-        case PPO():
-            return methods.ppo(run, start.model, start.params, critic, drawn)
-        case PolicyGradient():
-            return methods.policy_gradient(run, start.model, start.params, drawn)
-        case OnlinePreference():
-            return methods.preference(run, start.model, start.params, drawn)
-        case Imitation():
-            return methods.imitation(run, start.model, start.params, drawn)
-    raise ValueError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
 
 
 def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker) -> tuple[State, Progress]:
@@ -386,26 +239,6 @@ def _advance(
         verdict = a_round.judge()()
         learner, metrics, trace = setup.learn(learner, a_round.rollout, notes, verdict, text, key)
     return State(learner, queue), progress._replace(draws=draws), metrics, trace
-
-
-def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int], Tokens | None]:
-    """iteration -> packed rows of pretraining text (PPO-ptx), where the run wants some."""
-    source = getattr(run, "pretrain_data", None)
-    if source is None:
-        return lambda _: None
-    assert isinstance(run, PPO)
-    rows, length = data.read(source, split=run.split), run.max_prompt + run.max_completion
-    data.check(rows, data.text_row)
-    example = functools.partial(data.text_example, tokenizer=start.tokenizer, max_length=length)
-    packed = data.pack(data.tokenize(rows, example), length)
-    batches = data.Batches(
-        lambda indices: data.pad([packed[i] for i in indices], length), len(packed), run.pretrain_batch, run.seed
-    )
-    return lambda number: reference.place(batches(number), mesh)
-
-
-def _local_rows(run: Sampled) -> int:
-    return run.batch // jax.process_count() * run.group
 
 
 def _evidence(run: Sampled, setup: Setup, learner: Learner, trace: Trace) -> list[dict[str, Any]]:

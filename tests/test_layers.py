@@ -28,6 +28,7 @@ LEVELS = [
     {"judges", "settings", "evidence"},
     {"episodes"},
     {"presets", "collect", "evaluation"},
+    {"online_setup"},
     {"offline", "online"},
     {"cli"},
     {"__main__"},
@@ -37,7 +38,7 @@ LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 # Who may import a library; the mathematics needs jax alone.
 ONLY_IN = {
     "flax": {"models"},
-    "optax": {"train", "program", "selfchecks", "iteration", "offline", "online"},
+    "optax": {"train", "program", "selfchecks", "iteration", "offline", "online", "online_setup"},
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},
     "transformers": {"models", "data"},
