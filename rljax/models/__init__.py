@@ -4,6 +4,7 @@ from rljax.models.cache import Cache, init_cache, repeat_cache
 from rljax.models.config import ModelConfig, Rope
 from rljax.models.heads import Head, ScalarModel, normalize_head, reward_model, scalar_head
 from rljax.models.rules import RULES
+from rljax.models.shared import share_prompts
 from rljax.models.transformer import build, unstack
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "repeat_cache",
     "reward_model",
     "scalar_head",
+    "share_prompts",
     "unstack",
 ]

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 MASKED = -1e30  # finite: a query that sees nothing gets the mean of all values instead of NaN
+
+
+class Sight(NamedTuple):
+    """Who sees whom in rows of tokens. Query i stands in column s − t + i of the keys, but for a cache's."""
+
+    queries: Array  # i32[b t]; segments
+    keys: Array  # i32[b s]; segments
+    bias: Array  # f32[windows b 1 t s]; see `biases`
+
+
+Attend = Callable[[Array, Array, Array, Sight], Array]  # (query [b h t k], key [b g s k], value, sight) -> [b h t k]
 
 
 def visible(queries: Array, keys: Array, start: int | Array | None = 0) -> Array:
@@ -59,6 +73,33 @@ def attend(query: Array, key: Array, value: Array, bias: Array, *, scale: float,
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(b, g, (h // g) * t, -1), value, precision=precision)
     return mixed.reshape(b, h, t, k)
+
+
+def attend_shared(attend: Attend, query: Array, key: Array, value: Array, sights: tuple[Sight, Sight]) -> Array:
+    """Attention in rows of a prompt and n completions, [b · p+n·m ·]: each completion sees the prompt and itself.
+
+    sights: of the prompts, with queries [b p], and of the completions, with queries [b·n m] and keys [b·n p+m].
+    """
+    (rows, prompt), (many, _) = sights[0].queries.shape, sights[1].queries.shape
+    n = many // rows
+
+    def beginning(x: Array) -> Array:
+        return x[:, :, :prompt]
+
+    def completions(x: Array) -> Array:
+        """[b h p+n·m k] -> [b·n h m k]"""
+        b, h, _, k = x.shape
+        return jnp.swapaxes(x[:, :, prompt:].reshape(b, h, n, -1, k), 1, 2).reshape(b * n, h, -1, k)
+
+    def whole(x: Array) -> Array:
+        """[b g p+n·m k] -> [b·n g p+m k]"""
+        return jnp.concatenate([jnp.repeat(beginning(x), n, axis=0), completions(x)], axis=2)
+
+    first = attend(beginning(query), beginning(key), beginning(value), sights[0])
+    rest = attend(completions(query), whole(key), whole(value), sights[1])
+    b, h, _, k = query.shape
+    rest = jnp.swapaxes(rest.reshape(b, n, h, -1, k), 1, 2).reshape(b, h, -1, k)
+    return jnp.concatenate([first, rest], axis=2)
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision | None:

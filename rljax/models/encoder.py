@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rljax.models.attention import biases, count_positions, visible
+from rljax.models.attention import Sight, biases, count_positions, visible
 from rljax.models.config import ModelConfig
 from rljax.models.transformer import ACTIVATIONS, INIT_STD, MLP, Attention, Context, Embed, Kind, Norm, split
 from rljax.types import Params
@@ -122,7 +122,8 @@ class Layers(nn.Module):
 
         seen = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0)
         unused = jnp.zeros(0)  # of rotation: the positions are learned
-        context = Context(bias=biases((0,), seen, positions, positions), cos=unused, sin=unused, index=0)
+        sight = Sight(segments, segments, biases((0,), seen, positions, positions))
+        context = Context((sight,), cos=unused, sin=unused, index=0)
         layers = nn.scan(
             Block,
             variable_axes={"params": 0},

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rljax.models.attention import attend, biases, count_positions, exact, visible
+from rljax.models.attention import Sight, attend, attend_shared, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
 from rljax.models.product import RESULT, product
@@ -39,7 +39,7 @@ INIT_STD = 0.02
 class Context(NamedTuple):
     """What all layers share; the first axis of each table is indexed by the layer's `Kind`."""
 
-    bias: Array  # f32[windows b 1 t s]
+    sights: tuple[Sight, ...]  # of whole rows; or, where completions share their prompt, of prompts and completions
     cos: Array  # f32[ropes b 1 t r/2]
     sin: Array
     index: Array | int  # the slot of the first token
@@ -50,6 +50,15 @@ class Kind(NamedTuple):
 
     window: Any
     rope: Any
+
+
+class Layout(NamedTuple):
+    """Rows of a prompt followed by n completions of it, all equally long. The prompt is read once, and a completion
+    sees it and itself. See `models.shared`.
+    """
+
+    prompt: int  # columns
+    n: int
 
 
 class Linear(nn.Module):
@@ -116,8 +125,17 @@ class Attention(nn.Module):
             memory = write(memory[0], key, context.index, 2), write(memory[1], value, context.index, 2)
             key, value = (y.astype(x.dtype) for y in memory)
 
-        scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-        mixed = attend(query, key, value, pick(context.bias, kind.window), scale=scale, softcap=c.attention_softcap)
+        def look(query: Array, key: Array, value: Array, sight: Sight) -> Array:
+            scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+            return attend(query, key, value, pick(sight.bias, kind.window), scale=scale, softcap=c.attention_softcap)
+
+        match context.sights:
+            case [sight]:
+                mixed = look(query, key, value, sight)
+            case [prompts, completions]:
+                mixed = attend_shared(look, query, key, value, (prompts, completions))
+            case _:
+                raise ValueError(f"{len(context.sights)} sights: one of whole rows, or two where prompts are shared")
         out = Linear("bhtk,hkd->btd", (h, k, d), (d,) if c.out_bias else None, residual_std(c), name="out")
         return out(mixed), memory
 
@@ -178,10 +196,13 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, ids: Array, segments: Array, cache: Cache | None = None) -> Output:
+    def __call__(self, ids: Array, segments: Array, cache: Cache | None = None, layout: Layout | None = None) -> Output:
         """ids, segments i32[b t] -> hidden [b t d] after the final norm."""
         c = self.config
-        context, positions, cache = look_around(c, segments, cache)
+        if layout is None:
+            context, positions, cache = look_around(c, segments, cache)
+        else:
+            context, positions = look_at_shared(c, segments, layout)
         x = Embed(c, name="embed")(jnp.where(segments > 0, ids, 0), positions)
 
         block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=c.unroll > 1)
@@ -232,8 +253,33 @@ def look_around(config: ModelConfig, segments: Array, cache: Cache | None) -> tu
     length = segments.shape[1] if cache is None else cache.capacity
     cos, sin = tables(config, positions, length)
     bias = biases(window_choices(config), seen, positions, key_positions)
-    bias, cos, sin = jax.lax.optimization_barrier((bias, cos, sin))  # else every layer recomputes them
-    return Context(bias=bias, cos=cos, sin=sin, index=index), positions, cache
+    keys = segments if cache is None else cache.segments
+    context = Context((Sight(segments, keys, bias),), cos=cos, sin=sin, index=index)
+    return once(context), positions, cache
+
+
+def look_at_shared(config: ModelConfig, segments: Array, layout: Layout) -> tuple[Context, Array]:
+    """`look_around` for rows of a prompt and n completions, segments i32[b p+n·m]: positions go on from the prompt's
+    in each completion.
+    """
+    prompt, rest = segments[:, : layout.prompt], segments[:, layout.prompt :].reshape(len(segments) * layout.n, -1)
+    again = functools.partial(jnp.repeat, repeats=layout.n, axis=0)
+    keys = jnp.concatenate([again(prompt), rest], axis=1)
+    seen = visible(prompt, prompt), visible(rest, keys, layout.prompt)
+    at, later = map(count_positions, seen)
+    windows = window_choices(config)
+    bias = biases(windows, seen[0], at, at), biases(windows, seen[1], later, jnp.concatenate([again(at), later], 1))
+    positions = jnp.concatenate([at, later.reshape(len(segments), -1)], axis=1)
+    cos, sin = tables(config, positions, keys.shape[1])
+    sights = Sight(prompt, prompt, bias[0]), Sight(rest, keys, bias[1])
+    return once(Context(sights, cos=cos, sin=sin, index=0)), positions
+
+
+def once(context: Context) -> Context:
+    """The same, computed before the layers: else every layer would compute it again."""
+    return context._replace(
+        **jax.lax.optimization_barrier(context._replace(index=0)._asdict()) | {"index": context.index}
+    )
 
 
 def window_choices(config: ModelConfig) -> tuple[int, ...]:
@@ -286,7 +332,7 @@ def build(config: ModelConfig) -> LanguageModel:
     """The model as a bundle of pure functions. Equal configs give the same functions, so `jit` compiles once.
 
     init     key -> float32 params
-    apply    (params, ids i32[b t], segments i32[b t], *, cache=None) -> Output(hidden [b t d], cache)
+    apply    (params, ids i32[b t], segments i32[b t], *, cache=None, layout=None) -> Output(hidden [b t d], cache)
     unembed  (params, hidden [… d]) -> float32 logits [… v]
     """
     check(config)
@@ -297,8 +343,10 @@ def build(config: ModelConfig) -> LanguageModel:
         token = jnp.ones((1, 1), jnp.int32)
         return dict(module.init(key, token, token)["params"])
 
-    def apply(params: Params, ids: Array, segments: Array, *, cache: Cache | None = None) -> Output:
-        out = module.apply({"params": params}, ids, segments, cache)
+    def apply(
+        params: Params, ids: Array, segments: Array, *, cache: Cache | None = None, layout: Layout | None = None
+    ) -> Output:
+        out = module.apply({"params": params}, ids, segments, cache, layout)
         assert isinstance(out, Output)  # as opposed to (Output, collections that changed)
         return out
 
