@@ -49,6 +49,7 @@ class Preference(Run):
     loss: Callable[..., Any]
     average: bool = False  # log-probabilities per token instead of summed (SimPO, ORPO)
     reference: bool = True  # False: the loss takes the policy's two arrays only (SimPO, ORPO, CPO, SLiC)
+    share_prompts: bool = True  # compute a prompt once for chosen and rejected; changes speed and rounding only
     cache_reference: bool = True  # the reference's log-probabilities once, kept on disk; False: with every batch
     nll_weight: float = 0.0  # plus this much negative log-likelihood of the chosen (ORPO, CPO, RPO)
     nll_average: bool = True  # per token (RPO, ORPO) or summed (CPO)

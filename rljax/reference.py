@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rljax import data, objectives, sharding
+from rljax import data, objectives, ops, sharding
+from rljax.logprobs import token_logps
 from rljax.models.resolve import cache_folder
 from rljax.policy import Policy
 from rljax.types import Params, Tokens
@@ -26,21 +27,30 @@ Collate = Callable[[np.ndarray], tuple[Tokens, ...]]  # indices, -1 for none -> 
 
 
 class View(NamedTuple):
-    """How the reference sees token rows: (tokens, average) -> f32[b], and the same for a data set, cached."""
+    """How the reference sees token rows: (*tokens, average) -> f32[b] each, and the same for a data set, cached."""
 
-    logps: Callable[..., jax.Array]
+    logps: Callable[..., tuple[jax.Array, ...]]
     cached_logps: Callable[..., np.ndarray]
 
 
 def view(policy: Policy, run: Any, mesh: Mesh, phase: Callable[[str], AbstractContextManager[None]]) -> View:
     """The reference is `policy` as it is now. `phase` announces what takes time."""
 
-    @functools.partial(jax.jit, static_argnames="average")
-    def row_logps(params: Params, tokens: Tokens, *, average: bool) -> jax.Array:
-        return objectives.sequence_logps(policy.model, params, tokens, average=average, max_trained=run.max_completion)
+    pairs = getattr(run, "share_prompts", False)
 
-    def logps(tokens: Tokens, *, average: bool = False) -> jax.Array:
-        return row_logps(policy.params, tokens, average=average)
+    @functools.partial(jax.jit, static_argnames="average")
+    def row_logps(params: Params, rows: tuple[Tokens, ...], *, average: bool) -> tuple[jax.Array, ...]:
+        if pairs:
+            found = objectives.pair_logps(
+                policy.model, params, *rows, max_trained=run.max_completion, share_prompts=True
+            )
+        else:
+            found = [token_logps(policy.model, params, tokens, max_trained=run.max_completion) for tokens in rows]
+        reduce = ops.sequence_mean if average else ops.sequence_sum
+        return tuple(reduce(logps, tokens.mask) for logps, tokens in zip(found, rows, strict=True))
+
+    def logps(*rows: Tokens, average: bool = False) -> tuple[jax.Array, ...]:
+        return row_logps(policy.params, rows, average=average)
 
     def cached_logps(rows: data.Rows, collate: Collate, *, average: bool = False) -> np.ndarray:
         """f32[k n] for the k token rows that `collate` makes of each of n rows."""
@@ -51,7 +61,7 @@ def view(policy: Policy, run: Any, mesh: Mesh, phase: Callable[[str], AbstractCo
         with phase(f"reference log-probabilities of {len(rows)} rows"):
             for indices in data.eval_batches(len(rows), run.batch):
                 batch = place(collate(indices), mesh)
-                found.append([_whole(logps(tokens, average=average)) for tokens in batch])
+                found.append([_whole(x) for x in logps(*batch, average=average)])
         result = np.concatenate(found, axis=1)[:, : len(rows)]
         if jax.process_index() == 0:
             _save(path, result)
@@ -84,6 +94,7 @@ def _key(policy: Policy, run: Any, rows: data.Rows, average: bool) -> str:
         str(tokenizer.chat_template),
         type(run).__name__,
         [run.max_prompt, run.max_completion, run.batch, average, policy.model.config.compute_dtype],
+        getattr(run, "share_prompts", False),
         [jax.default_backend(), jax.__version__],  # the last bits
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -48,7 +48,7 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
         pairs, length = data.memoized(part, example), run.max_prompt + run.max_completion
 
         def collate(indices: np.ndarray) -> tuple[Tokens, Tokens]:
-            return data.collate_preference([pairs(i) for i in indices], length)
+            return data.collate_preference([pairs(i) for i in indices], length, prompt=run.max_prompt)
 
         cached = run.reference and run.cache_reference
         refs = view.cached_logps(part, collate, average=run.average) if cached else np.zeros((2, len(part)), np.float32)
@@ -68,7 +68,7 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
     def fresh_reference(params: Params, batch: PreferenceBatch) -> PreferenceBatch:
         del params  # the reference has its own
-        chosen, rejected = (view.logps(tokens, average=run.average) for tokens in (batch.chosen, batch.rejected))
+        chosen, rejected = view.logps(batch.chosen, batch.rejected, average=run.average)
         return dataclasses.replace(batch, ref_chosen_logps=chosen, ref_rejected_logps=rejected)
 
     return Task(
@@ -81,6 +81,7 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
             nll_weight=run.nll_weight,
             nll_average=run.nll_average,
             max_trained=run.max_completion,
+            share_prompts=run.share_prompts,
         ),
         prepare=fresh_reference if run.reference and not run.cache_reference else None,
         tokens=lambda batch: jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected),

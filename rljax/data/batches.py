@@ -32,16 +32,18 @@ def memoized(rows: Rows, example: Callable[[Row], T], *, capacity: int = 100_000
     return lambda index: None if index < 0 else get(int(index))
 
 
-def pad(examples: Sequence[Example | Packed | None], length: int) -> Tokens:
-    """Rows of `length` tokens, filled up on the right with segments 0 -> Tokens [b length].
+def pad(examples: Sequence[Example | Packed | None], length: int, *, prompt: int | None = None) -> Tokens:
+    """Rows of `length` tokens, filled up with segments 0 -> Tokens [b length].
 
     A row is an example (segment 1), the examples of a packed row (segments 1, 2, …), or None (all padding).
+    prompt: so many columns are for the prompts of single examples, which end in the last of them; what is filled up is
+      then at both ends. None: all rows begin in column 0.
     """
     ids = np.zeros((len(examples), length), np.int32)
     segments = np.zeros((len(examples), length), np.int32)
     mask = np.zeros((len(examples), length), bool)
     for row, item in enumerate(examples):
-        at = 0
+        at = 0 if prompt is None else _start(item, prompt)
         for segment, example in enumerate(_documents(item), start=1):
             end = at + len(example.ids)
             if end > length:
@@ -52,6 +54,16 @@ def pad(examples: Sequence[Example | Packed | None], length: int) -> Tokens:
             ids[row, at:end], mask[row, at:end], segments[row, at:end] = example.ids, example.mask, segment
             at = end
     return _tokens(ids, segments, mask)
+
+
+def _start(item: Example | Packed | None, prompt: int) -> int:
+    """The column of an example whose prompt ends before column `prompt`."""
+    if item is None:
+        return 0
+    if not isinstance(item, Example) or item.prompt > prompt:
+        what = f"a prompt of {item.prompt} tokens" if isinstance(item, Example) else "a packed row"
+        raise ValueError(f"pad: {what} does not fit in prompt={prompt} columns; cut prompts, or give more columns")
+    return prompt - item.prompt
 
 
 def _documents(item: Example | Packed | None) -> Packed:
@@ -108,9 +120,13 @@ def collate_supervised(examples: Sequence[Example | Packed | None], length: int)
     return pad(examples, length)
 
 
-def collate_preference(pairs: Sequence[tuple[Example, Example] | None], length: int) -> tuple[Tokens, Tokens]:
-    """(chosen, rejected) pairs -> (chosen, rejected), Tokens [b length] each."""
-    chosen, rejected = (pad([None if pair is None else pair[side] for pair in pairs], length) for side in (0, 1))
+def collate_preference(
+    pairs: Sequence[tuple[Example, Example] | None], length: int, *, prompt: int | None = None
+) -> tuple[Tokens, Tokens]:
+    """(chosen, rejected) pairs -> (chosen, rejected), Tokens [b length] each. prompt: see `pad`."""
+    chosen, rejected = (
+        pad([None if pair is None else pair[side] for pair in pairs], length, prompt=prompt) for side in (0, 1)
+    )
     return chosen, rejected
 
 

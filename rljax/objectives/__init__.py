@@ -2,6 +2,7 @@
 
 from rljax.objectives.offline import (
     comparison,
+    pair_logps,
     preference,
     real_rows,
     reward_scale,
@@ -15,6 +16,7 @@ __all__ = [
     "clipped_tokens",
     "comparison",
     "is_ratio_loss",
+    "pair_logps",
     "policy",
     "preference",
     "real_rows",

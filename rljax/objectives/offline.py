@@ -17,6 +17,7 @@ from jax import Array
 from rljax import losses, ops
 from rljax.filters import Sampling
 from rljax.logprobs import map_logits, token_logps
+from rljax.models import share_prompts as sharing_prompts
 from rljax.models.heads import ScalarModel
 from rljax.types import (
     ComparisonBatch,
@@ -44,6 +45,32 @@ def sequence_logps(
     return (ops.sequence_mean if average else ops.sequence_sum)(logps, tokens.mask)
 
 
+def pair_logps(
+    model: LanguageModel,
+    params: Params,
+    chosen: Tokens,
+    rejected: Tokens,
+    *,
+    max_trained: int | None = None,
+    sampling: Sampling | None = None,
+    share_prompts: bool = False,
+) -> tuple[Array, Array]:
+    """f32[b t] each: log-probabilities of the trained tokens of pairs, in one pass.
+
+    share_prompts: chosen and rejected have the same prompt in the same columns, all but the last `max_trained`, and it
+      is computed once for both (`models.share_prompts`). The numbers are the same ones to rounding.
+    """
+    if share_prompts and max_trained is None:
+        raise ValueError("share_prompts takes the last max_trained columns for the completion: give max_trained")
+    if share_prompts:
+        model = sharing_prompts(model, n=2, completion=max_trained or 0)
+    # A pair's rows are neighbours, so that on a mesh both are on the same device.
+    both = jax.tree.map(lambda *x: jnp.stack(x, axis=1).reshape(-1, x[0].shape[1]), chosen, rejected)
+    logps = token_logps(model, params, both, max_trained=max_trained, sampling=sampling)
+    logps = logps.reshape(*chosen.ids.shape[:1], 2, -1)
+    return logps[:, 0], logps[:, 1]
+
+
 def supervised(model: LanguageModel, *, max_trained: int | None = None) -> LossFn:
     """Next-token prediction of the trained tokens: the mean negative log-likelihood per token."""
 
@@ -68,6 +95,7 @@ def preference(
     nll_average: bool = True,
     max_trained: int | None = None,
     sampling: Sampling | None = None,
+    share_prompts: bool = False,
 ) -> LossFn:
     """A loss on pairs of sequence log-probabilities.
 
@@ -80,21 +108,22 @@ def preference(
       (CPO, Eq. 5).
     sampling: the temperature and filters that the responses were drawn with, where the reference's log-probabilities
       are those of what they leave (online DPO).
+    share_prompts: see `pair_logps`.
     """
     scale = reward_scale(loss)
 
     def loss_fn(params: Params, batch: PreferenceBatch) -> tuple[Mean, Metrics]:
-        both = jax.tree.map(lambda *x: jnp.concatenate(x), batch.chosen, batch.rejected)
-        logps = token_logps(model, params, both, max_trained=max_trained, sampling=sampling)
+        settings = {"max_trained": max_trained, "sampling": sampling, "share_prompts": share_prompts}
+        logps = pair_logps(model, params, batch.chosen, batch.rejected, **settings)
         reduce = ops.sequence_mean if average else ops.sequence_sum
-        chosen, rejected = jnp.split(reduce(logps, both.mask), 2)
+        chosen, rejected = reduce(logps[0], batch.chosen.mask), reduce(logps[1], batch.rejected.mask)
         ref = (batch.ref_chosen_logps, batch.ref_rejected_logps)
         real = real_rows(batch.chosen)
         values = loss(chosen, rejected, *ref) if reference else loss(chosen, rejected)
         metrics = {}
         if nll_weight:
             reduce = ops.sequence_mean if nll_average else ops.sequence_sum
-            nll = -reduce(jnp.split(logps, 2)[0], batch.chosen.mask)
+            nll = -reduce(logps[0], batch.chosen.mask)
             values = values + nll_weight * nll
             metrics["nll_loss"] = ops.masked_mean(nll, real)
         better, worse = (scale * (x - r) if reference else scale * x for x, r in ((chosen, ref[0]), (rejected, ref[1])))
