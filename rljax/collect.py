@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rljax import episodes, judges, policy, reference, rewards, sharding
+from rljax import episodes, hosts, judges, policy, rewards, sharding
 from rljax.iteration import Greedy, Trace, Verdict, greedy_verdict
-from rljax.judges import Judges, local
+from rljax.judges import Judges
 from rljax.prompts import Prompts, prompt_tokens
 from rljax.types import Params, Rollout, Tokens
 from rljax.views import decoder_params
@@ -33,7 +32,7 @@ class Round(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Judged rollouts of this process, on the host; rows stand in groups."""
+    """Judged rollouts on the host, all of them on every process; rows stand in groups."""
 
     rollout: Rollout
     verdict: Verdict
@@ -42,9 +41,7 @@ class Experience(NamedTuple):
 
 def verdict_of(scores: rewards.Scores, mask: np.ndarray) -> Verdict:
     """Scores of rows, on the host, with per-token rewards (0 where there are none) put where their tokens stand."""
-    per_token = np.zeros(mask.shape, np.float32)
-    for i, said in enumerate(scores.per_token or ()):
-        per_token[i, mask[i]] = said
+    per_token = judges.on_tokens(scores.per_token, mask)
     arrays: dict[str, Any] = {"total": scores.total, "parts": dict(scores.parts), "per_token": per_token}
     return Verdict(**arrays)
 
@@ -67,41 +64,42 @@ def begin(sampler: Sampler, params: Params, number: int) -> Round:
     if sampler.run.environment is not None:
         return _begin_episodes(sampler, params, number)
     run, source, mesh = sampler.run, sampler.source, sampler.mesh
-    indices = source.batch(number)
+    indices, part = source.batch(number), hosts.share(run.batch, mesh)
     asked = place_prompts(sampler, number)
     key = jax.random.fold_in(jax.random.key(run.seed), number)
     rollout = sampler.sample(params, asked, key)
     greedy = None if sampler.greedy is None else sampler.greedy(params, asked)
 
     def start() -> Callable[[], Verdict]:
-        judging = judges.start(sampler.judges, source, np.repeat(indices, run.group), rollout.tokens)
-        alone = None if greedy is None else judges.start(sampler.judges, source, indices, greedy.tokens)
+        each = np.repeat(indices, run.group), rollout.tokens, hosts.grouped(part, run.group)
+        judging = judges.start(sampler.judges, source, *each)
+        alone = None if greedy is None else judges.start(sampler.judges, source, indices, greedy.tokens, part)
         return functools.partial(wait, judging, alone)
 
     def wait(judging: Callable[[], rewards.Scores], alone: Callable[[], rewards.Scores] | None) -> Verdict:
-        said = verdict_of(judging(), np.asarray(local(rollout.tokens.mask, mesh)))
+        said = verdict_of(judging(), hosts.local(rollout.tokens.mask, mesh))
         if alone is not None:
-            said = dataclasses.replace(said, greedy=greedy_verdict(alone().total, local(greedy, mesh), run.group))
-        return reference.place(said, mesh)
+            said = dataclasses.replace(said, greedy=greedy_verdict(alone().total, hosts.local(greedy, mesh), run.group))
+        return hosts.place(said, mesh)
 
     return Round(rollout, start)
 
 
 def place_prompts(sampler: Sampler, number: int) -> Tokens:
     """The batch of prompts `number` on the devices."""
-    return reference.place(prompt_tokens(sampler.source, sampler.source.batch(number)), sampler.mesh)
+    return hosts.place(prompt_tokens(sampler.source, sampler.source.batch(number)), sampler.mesh)
 
 
 def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
     """Episodes of an environment: what it says comes with them."""
     run, source = sampler.run, sampler.source
-    indices = source.batch(number)
     now = sampler.start._replace(params=decoder_params(params))
     key = jax.random.fold_in(jax.random.key(run.seed), number)
-    played, total = episodes.of_rows(
+    rollout, per_token, total = episodes.of_rows(
         run,
         now,
-        [source.rows[int(i)] for i in indices],
+        source.rows,
+        source.batch(number),
         key,
         seed=(run.seed, number),
         width=source.width,
@@ -110,8 +108,8 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
         say=sampler.judges.say,
         n=run.group,
     )
-    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": played.rewards}
-    rollout, verdict = reference.place((played.rollout, Verdict(**arrays)), sampler.mesh)
+    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": per_token}
+    rollout, verdict = hosts.spread((rollout, Verdict(**arrays)), sampler.mesh)
     return Round(rollout, lambda: lambda: verdict)
 
 
@@ -126,17 +124,17 @@ def collect(
     The second is a function: with `lag`, rewards of rollouts for later iterations are awaited by it, after the update.
     """
     run = sampler.run
-    need, rows = run.batch // jax.process_count() * run.group, queue
+    need, rows = run.batch * run.group, queue
     rows = None if rows is None else take(rows, (rows.born >= 0) & (step - rows.born <= (run.max_age or run.lag)))
     for _ in range(run.max_rounds):
-        if agreed(rows is not None and len(rows.born) >= need):
+        if rows is not None and len(rows.born) >= need:
             break
         a_round = begin(sampler, params, draws)
-        found = _judged(run, a_round.rollout, a_round.judge()(), sampler.mesh, step)
+        found = _judged(run, a_round.rollout, a_round.judge()(), step)
         rows, draws = found if rows is None else join(rows, found), draws + 1
-    if rows is None or not agreed(len(rows.born) >= need):
+    if rows is None or len(rows.born) < need:
         have = 0 if rows is None else len(rows.born) // run.group
-        raise ValueError(
+        raise hosts.AgreedError(
             f"after max_rounds={run.max_rounds} rounds of sampling only {have} of {need // run.group} groups have "
             "different rewards within the group: choose prompts that are neither always nor never solved, a larger "
             "group, or more max_rounds"
@@ -146,15 +144,15 @@ def collect(
     now, left = take(rows, slice(need)), take(rows, slice(need, None))
 
     def rest() -> Experience | None:
-        found = (_judged(run, rollout, wait(), sampler.mesh, step) for rollout, wait in waiting)
+        found = (_judged(run, rollout, wait(), step) for rollout, wait in waiting)
         return functools.reduce(join, found, left) if run.max_age or run.lag else None
 
     return now, rest, draws + len(later)
 
 
-def _judged(run: Any, rollout: Rollout, verdict: Verdict, mesh: Mesh, step: int) -> Experience:
+def _judged(run: Any, rollout: Rollout, verdict: Verdict, step: int) -> Experience:
     """A round on the host, without the groups that are filtered out."""
-    rollout, verdict = local((rollout, verdict), mesh)
+    rollout, verdict = hosts.whole((rollout, verdict))
     found = Experience(rollout, verdict, np.full(len(verdict.total), step, np.int32))
     if not run.filter_groups:
         return found
@@ -169,13 +167,6 @@ def take(rows: Experience, which: Any) -> Experience:
 
 def join(a: Experience, b: Experience) -> Experience:
     return jax.tree.map(lambda *x: np.concatenate(x), a, b)
-
-
-def agreed(mine: bool) -> bool:
-    """Whether all processes say yes."""
-    if jax.process_count() == 1:
-        return mine
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(mine))))
 
 
 def queued(run: Any) -> bool:
@@ -228,6 +219,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 def check_on_device(sampler: Sampler, trace: Trace) -> None:
     """RewardError where a JAX reward gave this iteration a NaN (which then has learned nothing)."""
     if sampler.judges.device and not sampler.judges.host and sampler.queue is None:
-        parts = local(trace.verdict.parts, sampler.mesh)
+        parts = hosts.whole(trace.verdict.parts)
         if not all(np.isfinite(values).all() for values in parts.values()):
-            judges.refuse_nan(parts, local(trace.rollout.tokens, sampler.mesh), sampler.start.tokenizer)
+            tokens = hosts.whole(trace.rollout.tokens)
+            hosts.together(lambda: judges.refuse_nan(parts, tokens, sampler.start.tokenizer))

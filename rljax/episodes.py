@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rljax import data, settings
-from rljax.environments import Episodes, play
+from rljax import data, hosts, settings
+from rljax.environments import play
 from rljax.policy import Policy
+from rljax.types import Rollout
 
 
 def of_rows(
     run: Any,
     now: Policy,
-    rows: Sequence[data.Row],
+    rows: data.Rows,
+    indices: Sequence[int] | np.ndarray,
     key: Array,
     *,
     seed: Sequence[int],
@@ -28,19 +30,21 @@ def of_rows(
     poll: Callable[[], None],
     say: Callable[[str], None],
     n: int = 1,
-) -> tuple[Episodes, np.ndarray]:
-    """(n episodes of each row, their rewards f32[b], NaN for one that failed); says how many failed, and why.
+) -> tuple[Rollout, np.ndarray, np.ndarray]:
+    """(n episodes of each of these rows, the rewards of their tokens f32[b t], their rewards f32[b], NaN for one that
+    failed); says how many failed, and why. Of several processes each plays a part, and all get everything.
 
     seed: numbers that set these episodes apart from all others; those of `seed` and of its neighbours share none.
     width: tokens of a prompt.
     """
-    process = jax.process_index()
-    words = np.random.SeedSequence([part % 2**32 for part in (*seed, process)]).generate_state(1)
-    episodes = play(
+    part = hosts.share_of_known(len(indices))
+    words = np.random.SeedSequence([part % 2**32 for part in seed]).generate_state(1)
+    playing = functools.partial(
+        play,
         now,
         run.environment,
-        rows,
-        jax.random.fold_in(key, process),
+        [rows[int(indices[i])] for i in part.mine],
+        key,
         max_new_tokens=run.turn_tokens or run.max_completion,
         max_prompt=width,
         max_length=width + run.max_completion,
@@ -50,10 +54,15 @@ def of_rows(
         timeout=run.reward_timeout,
         poll=poll,
         mesh=mesh,
+        numbers=part.mine,
     )
-    failed = [i for i, failure in enumerate(episodes.failures) if failure is not None]
-    if failed:
-        why = episodes.failures[failed[0]]
-        say(f"{len(failed)} of {len(episodes.failures)} episodes failed; number {failed[0]}: {why}")
-    total = np.where([failure is None for failure in episodes.failures], episodes.rewards.sum(1), np.nan)
-    return episodes, total.astype(np.float32)
+    episodes = hosts.together(playing)
+    failed = np.asarray([failure is not None for failure in episodes.failures], bool)
+    total = np.where(failed, np.nan, episodes.rewards.sum(1)).astype(np.float32)
+    each = hosts.grouped(part, n)
+    found = hosts.exchange(each, (episodes.rollout, episodes.rewards, total))
+    why = [f"number {each.mine[i]}: {failure}" for i, failure in enumerate(episodes.failures) if failure is not None]
+    reason = hosts.first_failure(why[0] if why else None)
+    if reason is not None:
+        say(f"{np.isnan(found[2]).sum()} of {len(found[2])} episodes failed; {reason[1]}")
+    return found

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rljax import data, episodes, judges, policy, program, prompts, settings, shaping, tracking
+from rljax import data, episodes, hosts, judges, policy, program, prompts, settings, shaping, tracking
 from rljax.iteration import Learner, exported
 from rljax.program import Progress
 
@@ -44,7 +44,8 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     )
     rollouts: Any = jax.tree.map(lambda *x: np.concatenate(x), *made.rollouts)
     source = prompts.prompts(run, now.tokenizer, rows)._replace(fields=setup.sampler.source.fields)
-    said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens)()
+    part = hosts.share_of_known(len(rows))  # every process has all texts, and judges some
+    said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens, part)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
     return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
 
@@ -56,10 +57,11 @@ def shown(prompt: Any) -> str:
 
 def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, seed: int) -> Written:
     sampler = setup.sampler
-    played, total = episodes.of_rows(
+    rollout, _, total = episodes.of_rows(
         run,
         now,
-        list(rows),
+        rows,
+        range(len(rows)),
         key,
         seed=(seed,),
         width=sampler.source.width,
@@ -67,16 +69,13 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
         poll=sampler.judges.poll,
         say=sampler.judges.say,
     )
-    tokens = played.rollout.tokens
-    asked = policy.decode(now.tokenizer, _prompt_part(tokens))
-    parts = {"environment": total}
-    lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(played.rollout.finished)
-    return Written(asked, played.texts, total, parts, lengths, finished)
-
-
-def _prompt_part(tokens: Any) -> Any:
-    before = (np.cumsum(tokens.mask, axis=1) == 0) & (tokens.segments > 0)
-    return dataclasses.replace(tokens, mask=before)
+    tokens, width = rollout.tokens, sampler.source.width  # prompts end before this column
+    real, after = np.asarray(tokens.segments) > 0, np.arange(tokens.ids.shape[1]) >= width
+    asked, texts = (
+        policy.decode(now.tokenizer, dataclasses.replace(tokens, mask=real & where)) for where in (~after, after)
+    )
+    lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(rollout.finished)
+    return Written(asked, texts, total, {"environment": total}, lengths, finished)
 
 
 def log(

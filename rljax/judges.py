@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from rljax import policy, rewards, sharding
+from rljax import hosts, policy, rewards
 from rljax.prompts import Prompts
 from rljax.types import Tokens
 
@@ -62,30 +60,64 @@ def make(
 
 
 def start(
-    judges: Judges, source: Prompts, indices: Sequence[int] | np.ndarray, tokens: Tokens
+    judges: Judges, source: Prompts, indices: Sequence[int] | np.ndarray, tokens: Tokens, part: hosts.Share
 ) -> Callable[[], rewards.Scores]:
-    """Set all rewards to work on completions, and return what waits for them: scores of this process's rows.
+    """Set all rewards to work on completions, and return what waits for them: scores of the rows that are here.
 
-    indices: the data row of each of this process's rows. tokens: global arrays (or this process's, of one process).
-    RewardError from the second for a reward that fails, that is not done in time, or that gives a NaN.
+    part: which rows are here, and which of them this process judges. indices: the data row of each row that is here.
+    tokens: of a batch, global arrays; or in numpy, those that all processes have.
+    RewardError from the second for a reward that fails, that is not done in time, or that gives a NaN; of several
+    processes all raise it, as a `hosts.AgreedError`.
     """
     said = judges.on_device(rewards.device_params(judges.device), tokens) if judges.device else None
-    here: Tokens = local(tokens, judges.mesh)
-    mask = np.asarray(here.mask)
-    host = _start_host(judges, source, indices, here) if judges.host else None
+    here: Tokens = hosts.local(tokens, judges.mesh)
+    mine = np.searchsorted(part.here, part.mine)
+    own = jax.tree.map(lambda x: np.asarray(x)[mine], here)
+    host = _start_host(judges, source, np.asarray(indices)[mine], own) if judges.host and len(mine) else None
+
+    def answer() -> rewards.Scores:
+        if host is None:
+            return _no_scores(judges, len(mine))
+        return host.result(timeout=judges.timeout, poll=judges.poll, say=judges.say)
 
     def wait() -> rewards.Scores:
-        nothing = rewards.Scores(np.full(len(mask), np.nan, np.float32), None, {})
-        scores = nothing
-        if host is not None:
-            scores = host.result(timeout=judges.timeout, poll=judges.poll, say=judges.say)
+        mask = np.asarray(here.mask)
+        scores = _no_scores(judges, len(mask))
+        if judges.host:
+            scores = _of_all(part, hosts.together(answer), own.mask, mask)
         if said is None:
             return scores
-        total, per_token, parts = local(said, judges.mesh)
-        refuse_nan(parts, here, judges.tokenizer)
+        known = isinstance(tokens.ids, np.ndarray)
+        total, per_token, parts = hosts.whole(said) if known else hosts.local(said, judges.mesh)
+        hosts.together(lambda: refuse_nan(parts, here, judges.tokenizer))
         return rewards.merge(scores, total, per_token, parts, mask, (*judges.host, *judges.device))
 
     return wait
+
+
+def _no_scores(judges: Judges, rows: int) -> rewards.Scores:
+    nothing = np.full(rows, np.nan, np.float32)
+    return rewards.Scores(nothing, None, {one.name: nothing for one in judges.host})
+
+
+def _of_all(part: hosts.Share, scores: rewards.Scores, judged: np.ndarray, mask: np.ndarray) -> rewards.Scores:
+    """Scores of the rows that this process judges (masks `judged`) -> of all its rows (masks `mask`)."""
+    if part.apart:
+        return scores
+    total, parts = hosts.exchange(part, (scores.total, scores.parts))
+    (some,) = hosts.most(scores.per_token is not None)
+    if not some:
+        return rewards.Scores(total, None, parts)
+    dense = hosts.exchange(part, on_tokens(scores.per_token, judged))
+    return rewards.Scores(total, [row[where] for row, where in zip(dense, mask, strict=True)], parts)
+
+
+def on_tokens(per_token: Sequence[np.ndarray] | None, mask: np.ndarray) -> np.ndarray:
+    """f32[b t]: rewards of single tokens where their tokens stand, 0 elsewhere and where there are none."""
+    found = np.zeros(mask.shape, np.float32)
+    for i, said in enumerate(per_token or ()):
+        found[i, mask[i]] = said
+    return found
 
 
 def _start_host(
@@ -112,12 +144,3 @@ def refuse_nan(parts: Mapping[str, np.ndarray], tokens: Tokens, tokenizer: Any, 
                 f"the reward {name} failed in row {row}{when}: it returned {values[row]}. Row {row}: prompt "
                 f"{tokenizer.decode(ids[before])!r}, completion {tokenizer.decode(ids[mask])!r}"
             )
-
-
-def local(tree: Any, mesh: Mesh) -> Any:
-    """This process's rows of global arrays, as numpy."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(
-        lambda x: np.asarray(multihost_utils.global_array_to_host_local_array(x, mesh, P(sharding.ROWS))), tree
-    )

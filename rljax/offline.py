@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
+from rljax import data, hosts, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
 from rljax.checkpoint import Checkpoints
 from rljax.program import Evaluation, Progress, Run
 from rljax.types import Mean, TrainState
@@ -66,6 +66,7 @@ class Unpaired(Run):
 
 
 HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
+HARMLESS += ("mesh", "microbatches", "remat", "unroll")  # nor do these, but for rounding
 
 
 class Setup(NamedTuple):
@@ -75,11 +76,12 @@ class Setup(NamedTuple):
     task: tasks.Task
     state: TrainState
     shardings: TrainState
-    place: Callable[[Any, Any], Any]  # (this host's rows of a batch, params) -> global arrays, every field filled in
+    place: Callable[[Any, Any], Any]  # (this process's rows of a batch, params) -> global arrays, all fields filled in
     update: Callable[..., Any]  # compiled
     evaluate: Callable[..., Any]  # compiled
     schedule: optax.Schedule
     memory: Any  # the compiler's analysis of the update
+    mesh: Mesh
 
 
 def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
@@ -130,12 +132,13 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
     with tracker.phase(f"loading {experiment.model}"):
         start = program.load_policy(experiment, mesh)
     rows = program.read_rows(experiment, start, folder, tracker)
-    task = _task(experiment, start, rows, mesh, tracker)
+    here = hosts.share(experiment.batch, mesh).here
+    task = tasks.shared(_task(experiment, start, rows, mesh, tracker), here)
     optimizer, schedule = program.make_optimizer(experiment)
     state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
 
     def place(batch: Any, params: Any) -> Any:
-        batch = reference.place(batch, mesh)
+        batch = hosts.place(batch, mesh)
         return batch if task.prepare is None else task.prepare(params, batch)
 
     update = train.make_update(task.loss_fn, optimizer, shardings=shardings, microbatches=experiment.microbatches)
@@ -145,7 +148,7 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
     with tracker.phase("compiling the evaluation"):
         evaluate = train.make_evaluate(task.loss_fn).lower(state.params, batch).compile()
     memory = compiled.memory_analysis()
-    return Setup(start, task, state, shardings, place, compiled, evaluate, schedule, memory)
+    return Setup(start, task, state, shardings, place, compiled, evaluate, schedule, memory, mesh)
 
 
 def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
@@ -214,8 +217,9 @@ def _loop(
 ) -> None:
     """Steps until the last, until `patience` runs out, or until a signal comes; saved in all three cases."""
     begin = experiment.steps if progress.done else int(state.step)
+    everywhere = experiment.batch / len(hosts.share(experiment.batch, setup.mesh).here)  # over the rows read here
     for index, batch in data.prefetch(setup.task.batch, begin, experiment.steps):
-        step, tokens = index + 1, int(np.count_nonzero(setup.task.tokens(batch).segments)) * jax.process_count()
+        step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * everywhere
         state, metrics = setup.update(state, setup.place(batch, state.params))
         rate = Mean(total=jnp.asarray(setup.schedule(index)), weight=jnp.ones(()))
         tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
@@ -297,7 +301,7 @@ def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: track
             max_prompt=experiment.max_prompt,
         )
         score = jax.jit(models.reward_model(setup.policy.model).scores)
-        scores = np.concatenate([score(state.params, rollout.tokens) for rollout in written.rollouts])
+        scores = np.concatenate([hosts.whole(score(state.params, rollout.tokens)) for rollout in written.rollouts])
         head = models.normalize_head(state.params["head"], mean=float(scores.mean()), std=float(scores.std()))
     tracker.status(f"reward before normalising: mean {scores.mean():.3f}, std {scores.std():.3f}")
     params = jax.device_put({**state.params, "head": head}, setup.shardings.params)
@@ -309,7 +313,7 @@ def _checks(
 ) -> list[selfchecks.Check]:
     """What a run finds out about itself before its first step."""
     local, params = setup.task.batch(0), setup.state.params
-    tokens = setup.task.tokens(local)
+    tokens = hosts.whole(hosts.place(setup.task.tokens(local), setup.mesh))
     decoder = params["model"] if isinstance(experiment, RewardModel) else params
     now = setup.policy._replace(params=decoder)
     checks = [

@@ -27,10 +27,10 @@ from rljax import (
     collect,
     evaluation,
     evidence,
+    hosts,
     judges,
     objectives,
     program,
-    reference,
     report,
     sampling,
     selfchecks,
@@ -48,7 +48,7 @@ from rljax.types import Mean, Metrics
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
 HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence")
-HARMLESS += ("reward_timeout", "max_rounds")
+HARMLESS += ("reward_timeout", "max_rounds", "mesh", "microbatches", "remat", "unroll")  # the last but for rounding
 HEADLINE = "objective/scores"
 
 
@@ -121,7 +121,7 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         )
         state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
         tracker.status(f"resumed at step {latest}")
-        queue, progress = judges.local(state.get("queue"), setup.sampler.mesh), Progress(**progress)
+        queue, progress = hosts.whole(state.get("queue")), Progress(**progress)
         if progress.owed:
             tracker.take_back(latest)
         return State(state["learner"], queue), progress
@@ -141,7 +141,7 @@ def _saved(setup: Setup, state: State) -> dict[str, Any]:
     """The pytree of a checkpoint: the queue in its fixed shape, where the run has one."""
     saved = {"learner": state.learner}
     if setup.sampler.queue is not None:
-        saved["queue"] = reference.place(collect.padded(state.queue, setup.sampler.queue), setup.sampler.mesh)
+        saved["queue"] = hosts.spread(collect.padded(state.queue, setup.sampler.queue), setup.sampler.mesh)
     return saved
 
 
@@ -177,9 +177,10 @@ def _loop(
         except judges.Leaving:
             save(at)
             return
-        except Exception:  # a reward that failed, groups without contrast, the experiment's own evaluation
-            if not any(x.is_deleted() for x in jax.tree.leaves(state.learner)):
-                save(at)
+        except Exception as error:  # a reward that failed, groups without contrast, the experiment's own evaluation
+            agreed = jax.process_count() == 1 or isinstance(error, hosts.AgreedError)
+            if agreed and not any(x.is_deleted() for x in jax.tree.leaves(state.learner)):
+                save(at)  # of several processes all do, or none
             raise
         better, leaving = measured is not None and progress.waited == 0, stop.agreed(at) is not None
         done = progress.done
@@ -226,7 +227,7 @@ def _advance(
     if sampler.queue is not None:  # rollouts that wait, or are filtered
         now, rest, drawn = collect.collect(sampler, params, state.queue, draws, at)
         rounds, draws = drawn - draws, drawn
-        rollout, verdict = reference.place((now.rollout, now.verdict), sampler.mesh)
+        rollout, verdict = hosts.spread((now.rollout, now.verdict), sampler.mesh)
         notes = setup.annotate(params, setup.reference, rollout)
         learner, metrics, trace = setup.learn(learner, rollout, notes, verdict, text, key)
         age = np.asarray(at - now.born, np.float32)
@@ -243,9 +244,10 @@ def _advance(
 
 def _evidence(run: Sampled, setup: Setup, learner: Learner, trace: Trace) -> list[dict[str, Any]]:
     """Records of the first rows of an iteration, with their tokens' ratios after it."""
-    if not run.evidence or jax.process_count() > 1:
+    if not run.evidence:
         return []
     after = setup.look(views.decoder_params(learner.train.params), trace.rollout.tokens)
+    trace, after = hosts.first((trace, after), run.evidence)
     return evidence.rows_of(trace, after, setup.start.tokenizer, run.evidence, getattr(run, "loss", None))
 
 
@@ -271,7 +273,7 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
 def _first_rollout(run: Sampled, setup: Setup) -> Any:
     """What the untrained policy makes of the first prompts, on the host."""
     if setup.whole is None:
-        return judges.local(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout, setup.sampler.mesh)
+        return hosts.whole(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout)
     asked = collect.place_prompts(setup.sampler, 0)
     drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
     made = sampling.generate(
@@ -279,7 +281,8 @@ def _first_rollout(run: Sampled, setup: Setup) -> Any:
         setup.start.params,
         asked,
         jax.random.key(run.seed),
+        n=run.group,
         max_new_tokens=run.max_completion,
         **drawn,
     )
-    return judges.local(made, setup.sampler.mesh)
+    return hosts.whole(made)

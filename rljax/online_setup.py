@@ -15,6 +15,7 @@ from rljax import (
     collect,
     critics,
     data,
+    hosts,
     iteration,
     judges,
     methods,
@@ -22,7 +23,6 @@ from rljax import (
     policy,
     program,
     prompts,
-    reference,
     rewards,
     settings,
     tracking,
@@ -71,7 +71,8 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
     learner, shardings = program.place_state(learner, models.RULES, mesh)
     parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
-    source = prompts.prompts(run, start.tokenizer, train_rows)
+    here = None if run.environment is not None else hosts.share(run.batch, mesh).here
+    source = prompts.prompts(run, start.tokenizer, train_rows, here)
     pretrain = _pretrain(run, start, mesh)
     base = start.params if method.reference else None
     reward_params = rewards.device_params(asked)
@@ -133,7 +134,7 @@ def _compile(
     rows = jax.tree.map(lambda x: x.sharding, rollout)
     found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
     if collect.queued(run):
-        found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=_local_rows(run) * (run.lag or 1))
+        found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=run.batch * run.group * (run.lag or 1))
     out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
     if asked and all(one.on_device for one in asked) and not collect.queued(run):
         with tracker.phase("compiling the iteration"):
@@ -180,10 +181,10 @@ def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int],
     example = functools.partial(data.text_example, tokenizer=start.tokenizer, max_length=length)
     packed = data.pack(data.tokenize(rows, example), length)
     batches = data.Batches(
-        lambda indices: data.pad([packed[i] for i in indices], length), len(packed), run.pretrain_batch, run.seed
+        lambda indices: data.pad([packed[i] for i in indices], length),
+        len(packed),
+        run.pretrain_batch,
+        run.seed,
+        hosts.share(run.pretrain_batch, mesh).here,
     )
-    return lambda number: reference.place(batches(number), mesh)
-
-
-def _local_rows(run: Sampled) -> int:
-    return run.batch // jax.process_count() * run.group
+    return lambda number: hosts.place(batches(number), mesh)

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from rljax import hosts, sharding
 from rljax.data import prompt_ids
 from rljax.models import hf, resolve
 from rljax.sampling import generate
@@ -25,7 +27,7 @@ class Policy(NamedTuple):
 
 class Completions(NamedTuple):
     texts: list[str]  # what was written, special tokens left out
-    rollouts: list[Rollout]  # as sampled, on the host, in batches; rows that only fill up the last one are cut off
+    rollouts: list[Rollout]  # as sampled, on every host, in batches; rows that only fill up the last one are cut off
 
 
 def load(name: str, *, mesh: Any = None, dtype: Any = None) -> Policy:
@@ -49,27 +51,39 @@ def complete(
     """Let the policy continue `prompts` (texts, or message lists for its chat template), `batch` at a time.
 
     Prompts longer than `max_prompt` tokens keep their end. `sampling` goes to `generate` (temperature, top_k, top_p).
+    Rows are spread over the mesh that the parameters are on; of several processes all ask for the same and get all.
     The i-th prompt draws with fold_in(key, i // batch), so results do not depend on how many prompts follow.
     """
     ids = [prompt_ids(prompt, policy.tokenizer, max_prompt=max_prompt) for prompt in prompts]
     width = -(-max(map(len, ids), default=1) // BUCKET) * BUCKET
-    texts, rollouts = [], []
+    mesh, texts, rollouts = hosts.mesh_of(policy.params), [], []
     for start in range(0, len(ids), batch):
         some = ids[start : start + batch]
         rows = len(some)
         rollout = generate(
             policy.model,
             policy.params,
-            left_pad(some, rows=batch, width=width),
+            on_mesh(left_pad(some, rows=full(batch, mesh), width=width), mesh),
             jax.random.fold_in(key, start // batch),
             max_new_tokens=max_new_tokens,
             stop_ids=policy.stop_ids,
             **sampling,
         )
-        rollout = jax.tree.map(lambda x, n=rows: np.asarray(x)[:n], rollout)
+        rollout = jax.tree.map(lambda x, n=rows: x[:n], hosts.whole(rollout))
         rollouts.append(rollout)
         texts += decode(policy.tokenizer, rollout.tokens)
     return Completions(texts, rollouts)
+
+
+def full(rows: int, mesh: Mesh | None) -> int:
+    """The least number of rows, at least so many, that can be spread evenly over the mesh."""
+    ways = 1 if mesh is None else sharding.ways(sharding.ROWS, mesh)
+    return -(-rows // ways) * ways
+
+
+def on_mesh(rows: Any, mesh: Mesh | None) -> Any:
+    """Rows that all processes have, spread over the mesh."""
+    return rows if mesh is None else hosts.spread_rows(rows, mesh)
 
 
 def left_pad(ids: Sequence[np.ndarray], *, rows: int, width: int) -> Tokens:

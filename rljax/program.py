@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, models, policy, sharding, tracking, train
+from rljax import data, hosts, models, policy, sharding, tracking, train
 from rljax.manifest import read_json, write_json
 
 State = TypeVar("State")  # a pytree of arrays
@@ -152,10 +152,12 @@ def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tra
         kept = folder / "data" / "train.jsonl"
         recipe = {name: describe(getattr(run, name)) for name in ("data", "model", "seed")}
         note = folder / "data" / "recipe.json"
-        if read_json(note) != recipe:
+        if hosts.told(np.asarray(read_json(note) != recipe)):  # one process decides, all may be needed to make them
             with tracker.phase("making the data"):
-                data.write_jsonl(kept, run.data(start, jax.random.key(run.seed)))
-                write_json(note, recipe)
+                made = run.data(start, jax.random.key(run.seed))
+                hosts.together(lambda: data.write_jsonl(kept, made) if jax.process_index() == 0 else None)
+                if jax.process_index() == 0:
+                    write_json(note, recipe)
         rows = data.read(kept)
     else:
         rows = data.read(run.data, split=run.split)
@@ -193,10 +195,11 @@ def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tup
 
 def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str) -> None:
     """What the experiment itself wants to know, before and after training."""
-    if run.evaluate is None:
+    evaluate = run.evaluate
+    if evaluate is None:
         return
     with tracker.phase(f"measuring {phase} training"):
-        found = run.evaluate(now, reference, jax.random.key(run.seed))
+        found = hosts.together(lambda: evaluate(now, reference, jax.random.key(run.seed)))
     tracker.log(step, found.metrics, prefix="eval/")
     tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
 

@@ -21,12 +21,15 @@ class Prompts(NamedTuple):
     rows: data.Rows
     ids: Callable[[int], np.ndarray]  # of row i
     width: int  # of all batches
-    batch: Callable[[int], np.ndarray]  # number of a batch -> row indices of this process's share
+    batch: Callable[[int], np.ndarray]  # number of a batch -> its row indices, or those of this process's places in it
     fields: tuple[str, ...]  # names, beside the prompt; a row may lack some of them
 
 
-def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
-    """All prompts have to fit in one width, so that everything compiles once: that of the longest, up to max_prompt."""
+def prompts(run: Any, tokenizer: Any, rows: data.Rows, here: np.ndarray | None = None) -> Prompts:
+    """All prompts have to fit in one width, so that everything compiles once: that of the longest, up to max_prompt.
+
+    here: the places of every batch that are read; None: all of them.
+    """
     read = data.memoized(rows, functools.partial(data.prompt_example, tokenizer=tokenizer, max_prompt=run.max_prompt))
 
     def ids(index: int) -> np.ndarray:
@@ -36,7 +39,7 @@ def prompts(run: Any, tokenizer: Any, rows: data.Rows) -> Prompts:
     counted = range(len(rows)) if len(rows) <= FIRST and run.environment is None else ()
     longest = max((len(ids(i)) for i in counted), default=run.max_prompt)
     width = -(-longest // policy.BUCKET) * policy.BUCKET
-    indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed)
+    indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed, here=here)
     return Prompts(rows, ids, width, lambda number: indices(step=number), fields(rows))
 
 

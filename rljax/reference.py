@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rljax import data, objectives, ops, sharding
+from rljax import data, hosts, objectives, ops
 from rljax.logprobs import token_logps
 from rljax.models.resolve import cache_folder
 from rljax.policy import Policy
@@ -55,13 +54,14 @@ def view(policy: Policy, run: Any, mesh: Mesh, phase: Callable[[str], AbstractCo
     def cached_logps(rows: data.Rows, collate: Collate, *, average: bool = False) -> np.ndarray:
         """f32[k n] for the k token rows that `collate` makes of each of n rows."""
         path = cache_folder() / "reference" / f"{_key(policy, run, rows, average)}.npy"
-        if jax.process_count() == 1 and path.exists():
-            return np.load(path, allow_pickle=False)
-        found = []
+        if hosts.told(np.asarray(path.exists())):  # only the first process needs to see the file
+            kept = jax.process_index() == 0
+            return hosts.told(np.load(path, allow_pickle=False) if kept else _nothing(collate, len(rows)))
+        found, here = [], hosts.share(run.batch, mesh).here
         with phase(f"reference log-probabilities of {len(rows)} rows"):
-            for indices in data.eval_batches(len(rows), run.batch):
-                batch = place(collate(indices), mesh)
-                found.append([_whole(x) for x in logps(*batch, average=average)])
+            for indices in data.eval_batches(len(rows), run.batch, here):
+                batch = hosts.place(collate(indices), mesh)
+                found.append(hosts.whole(logps(*batch, average=average)))
         result = np.concatenate(found, axis=1)[:, : len(rows)]
         if jax.process_index() == 0:
             _save(path, result)
@@ -70,18 +70,8 @@ def view(policy: Policy, run: Any, mesh: Mesh, phase: Callable[[str], AbstractCo
     return View(logps, cached_logps)
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
-    """This host's rows of a batch -> global arrays, rows over the data axes."""
-    placement = sharding.batch_shardings(jax.tree.map(_global, batch), mesh)
-    return jax.tree.map(jax.make_array_from_process_local_data, placement, batch)
-
-
-def _global(x: np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((x.shape[0] * jax.process_count(), *x.shape[1:]), x.dtype)
-
-
-def _whole(x: jax.Array) -> np.ndarray:
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+def _nothing(collate: Collate, rows: int) -> np.ndarray:
+    return np.zeros((len(collate(np.asarray([-1]))), rows), np.float32)
 
 
 def _key(policy: Policy, run: Any, rows: data.Rows, average: bool) -> str:
@@ -104,7 +94,7 @@ def weights(params: Params) -> str:
     """A hash of the weights' content that does not depend on how they are sharded."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {np.asarray(_sums(leaf))}\n".encode())
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {hosts.whole(_sums(leaf))}\n".encode())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from rljax import hosts
 from rljax.filters import Sampling
 from rljax.logprobs import token_logps
 from rljax.policy import Policy
@@ -74,7 +75,8 @@ def companions(policy: Policy, tokens: Tokens) -> Check:
     tokens = jax.tree.map(np.asarray, tokens)
     moved = _moved(tokens)
     logps = jax.jit(functools.partial(token_logps, policy.model))
-    here, there = np.asarray(logps(policy.params, tokens)), np.asarray(logps(policy.params, moved))[::-1]
+    here, there = (hosts.whole(logps(policy.params, some)) for some in (tokens, moved))
+    there = there[::-1]
     rows = np.asarray(moved.segments[::-1] > 0).any(1)
     worst = max(
         (
@@ -119,8 +121,8 @@ def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) 
     temperature and filters.
     """
     logps = jax.jit(functools.partial(token_logps, policy.model, sampling=sampling))
-    trained = logps(policy.params, rollout.tokens)
-    worst = float(np.abs(np.asarray(trained) - np.where(rollout.tokens.mask, rollout.logps, 0)).max(initial=0))
+    trained = hosts.whole(logps(policy.params, rollout.tokens))
+    worst = float(np.abs(trained - np.where(rollout.tokens.mask, rollout.logps, 0)).max(initial=0))
     check = _within(policy, worst, "log-probabilities of sampled tokens, by the sampler and by the trainer")
     if worst > VISIBLE:
         return check._replace(said=f"{check.said}; old_logps='trainer' keeps that out of the ratios")
@@ -156,8 +158,7 @@ def same_policy(look: Callable[[Any, Tokens], jax.Array], params: Any, reference
     """The policy is still the reference, so KL is exactly 0 (at any temperature): both sides are computed by the
     trainer, with the run's own temperature and filters.
     """
-    tokens = jax.tree.map(jnp.asarray, rollout.tokens)
-    now, ref = (np.asarray(look(p, tokens)) for p in (params, reference))
+    now, ref = (hosts.whole(look(p, rollout.tokens)) for p in (params, reference))
     kl, ratio = float((now - ref).sum(1).mean()), np.exp(now - ref)
     exact = bool((now == ref).all())
     worst = float(np.abs(now - ref).max())
@@ -177,9 +178,8 @@ def same_ratios(
     """What the update differentiates (with its critic, entropy, …) starts at the log-probabilities that are taken for
     the old ones, so that its first ratios are 1 to rounding.
     """
-    tokens = jax.tree.map(jnp.asarray, rollout.tokens)
-    old = np.asarray(look(decoder_params(params), tokens))
-    now = np.asarray(jax.jit(lambda p, t: learns(p, t).logps)(params, tokens))
+    old = hosts.whole(look(decoder_params(params), rollout.tokens))
+    now = hosts.whole(jax.jit(lambda p, t: learns(p, t).logps)(params, rollout.tokens))
     return _within(policy, float(np.abs(now - old).max(initial=0)), "log-probabilities by the update and before it")
 
 

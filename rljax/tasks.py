@@ -22,8 +22,8 @@ class Task(NamedTuple):
 
     params: Params  # where training starts
     loss_fn: LossFn
-    batch: Callable[[int], Any]  # step -> this host's rows of the batch
-    evals: Callable[[], Iterator[Any]]  # this host's rows of each held-out batch, the same every time
+    batch: data.Batches  # step -> the batch
+    evals: Callable[..., Iterator[Any]]  # every held-out batch, the same every time; of places i64[k] of each, if given
     prepare: Callable[[Params, Any], Any] | None  # on devices: fills in what depends on the current parameters
     tokens: Callable[[Any], Tokens]  # the token rows [n t] of a batch, to look at
     prompts: Sequence[Any]  # of held-out rows, to sample from
@@ -37,6 +37,12 @@ class Split(NamedTuple):
 
 
 Rows = tuple[data.Rows, data.Rows]  # to train on, held out
+
+
+def shared(task: Task, here: np.ndarray) -> Task:
+    """The task of a process that reads only these places of every batch."""
+    batch = dataclasses.replace(task.batch, here=here)
+    return task._replace(batch=batch, evals=functools.partial(task.evals, here))
 
 
 def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
@@ -214,8 +220,8 @@ def _batch(kind: Callable[..., Any], **arrays: Any) -> Any:
 
 
 def _batches(run: Any, train: Split, held_out: Split) -> dict[str, Any]:
-    def evals() -> Iterator[Any]:
-        return (held_out.make(indices) for indices in data.eval_batches(held_out.n, run.batch))
+    def evals(here: np.ndarray | None = None) -> Iterator[Any]:
+        return (held_out.make(indices) for indices in data.eval_batches(held_out.n, run.batch, here))
 
     return {"batch": data.Batches(train.make, train.n, run.batch, run.seed), "evals": evals}
 

@@ -14,6 +14,7 @@ LEVELS = [
     {"ops"},
     {"losses"},
     {"advantages", "shaping", "filters", "sharding", "metrics"},
+    {"hosts"},
     {"models"},
     {"train", "logprobs", "data"},
     {"views"},

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,79 +24,55 @@ def _endless(n: int, seed: int) -> Any:
     return grain.MapDataset.range(n).shuffle(seed=spread).repeat()
 
 
-def shuffled(n: int, *, seed: int, start: int, stop: int) -> np.ndarray:
-    """Positions start..stop of the endless shuffled sequence over n rows, i64[stop - start]; n make an epoch."""
+def shuffled(n: int, *, seed: int, places: Iterable[int]) -> np.ndarray:
+    """Some positions of the endless shuffled sequence over n rows, i64; n make an epoch."""
     order = _endless(n, seed)
-    return np.asarray([order[p] for p in range(start, stop)], np.int64)
+    return np.asarray([order[int(place)] for place in places], np.int64)
 
 
-def indices(
-    n: int,
-    *,
-    batch: int,
-    seed: int,
-    step: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> np.ndarray:
-    """The rows of this process's share of the batch of `step`, i64[batch / process_count].
+def indices(n: int, *, batch: int, seed: int, step: int, here: np.ndarray | None = None) -> np.ndarray:
+    """The rows of the batch of `step`, i64[batch]; of its places `here` only, i64[len(here)].
 
-    The global batch of a step is positions step·batch … (step+1)·batch of an endless sequence that visits all n rows
-    once per epoch, in another order each epoch; a batch may span two epochs. Process p reads the p-th contiguous
-    share, so the shares of all processes in their order are the batch that a single process would read.
+    The batch of a step is positions step·batch … (step+1)·batch of an endless sequence that visits all n rows once per
+    epoch, in another order each epoch; a batch may span two epochs. A process asks for the places that its devices hold
+    (`hosts.share`), so what all of them read is the batch that a single process would read.
     """
-    share, offset = _share(n, batch, process_index, process_count)
-    start = step * batch + offset
-    return shuffled(n, seed=seed, start=start, stop=start + share)
+    _check(n, batch)
+    return shuffled(n, seed=seed, places=step * batch + (np.arange(batch) if here is None else here))
 
 
-def eval_batches(
-    n: int, batch: int, *, process_index: int | None = None, process_count: int | None = None
-) -> list[np.ndarray]:
-    """Rows 0..n-1 once, in order: this process's share i64[batch / process_count] of each batch, filled up with -1.
+def eval_batches(n: int, batch: int, here: np.ndarray | None = None) -> list[np.ndarray]:
+    """Rows 0..n-1 once, in order: i64[batch] each, filled up with -1; of each batch the places `here` only.
 
     -1 stands for no row: `memoized` and the collations turn it into a row that is all padding (segments 0, mask 0), so
     that every evaluation batch has the same shape.
     """
-    share, offset = _share(n, batch, process_index, process_count)
-    starts = np.arange(0, n, batch)[:, None] + offset + np.arange(share)[None, :]
-    return list(np.where(starts < n, starts, -1).astype(np.int64))
+    _check(n, batch)
+    places = np.arange(batch) if here is None else here
+    rows = np.arange(0, n, batch)[:, None] + places[None, :]
+    return list(np.where(rows < n, rows, -1).astype(np.int64))
 
 
-def _share(n: int, batch: int, process_index: int | None, process_count: int | None) -> tuple[int, int]:
-    """(rows per process, first row of this process) of a global batch."""
-    if process_index is None or process_count is None:
-        import jax
-
-        process_index = jax.process_index() if process_index is None else process_index
-        process_count = jax.process_count() if process_count is None else process_count
+def _check(n: int, batch: int) -> None:
     if n < 1 or batch < 1:
         raise ValueError(f"a batch of {batch} of {n} rows: both must be at least 1")
-    if batch % process_count:
-        raise ValueError(
-            f"batch={batch} does not divide over {process_count} processes; give a multiple of {process_count}"
-        )
-    share = batch // process_count
-    return share, share * process_index
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """step -> make(indices): this process's part of the batch of that step.
+    """step -> make(indices): the batch of that step, or this process's part of it.
 
     A pure function of (seed, step), so any step can be asked for first, again, or in a resumed run.
     """
 
-    make: Callable[[np.ndarray], Any]  # row indices i64[local batch] -> pytree of numpy arrays
+    make: Callable[[np.ndarray], Any]  # row indices i64[k] -> pytree of numpy arrays
     n: int  # rows
     batch: int  # global: over all processes
     seed: int
-    process_index: int | None = None  # None: jax.process_index()
-    process_count: int | None = None  # None: jax.process_count()
+    here: np.ndarray | None = None  # the places of the batch that are read; None: all of them
 
     def __call__(self, step: int) -> Any:
-        where: dict[str, Any] = {"process_index": self.process_index, "process_count": self.process_count}
-        return self.make(indices(self.n, batch=self.batch, seed=self.seed, step=step, **where))
+        return self.make(indices(self.n, batch=self.batch, seed=self.seed, step=step, here=self.here))
 
 
 def prefetch(function: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[tuple[int, T]]:

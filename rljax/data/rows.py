@@ -141,7 +141,7 @@ def split(rows: Rows, *, fraction: float | None = None, count: int | None = None
     held = max(1, round(n * fraction)) if fraction is not None else count or 0
     if not 0 < held < n:
         raise ValueError(f"split: cannot hold out {held} of {n} rows: both parts need at least one; give another count")
-    order = shuffled(n, seed=seed, start=0, stop=n)
+    order = shuffled(n, seed=seed, places=range(n))
     return rows.select(np.sort(order[held:])), rows.select(np.sort(order[:held]))
 
 

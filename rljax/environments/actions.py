@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from rljax import reference, sharding
-from rljax.policy import BUCKET, Policy, left_pad
+from rljax import hosts
+from rljax.policy import BUCKET, Policy, full, left_pad
 from rljax.sampling import generate
-from rljax.types import Rollout
+from rljax.types import Rollout, Tokens
 
 LATER_TURNS = 2**31  # what turn t > 0 folds into an episode's key, beside t: more than any step of the first turn
 
@@ -43,17 +43,22 @@ def write(
     """An action after each context i32[k] (k up to `width`); None after an empty one.
 
     n: how many neighbours have the same context, which is then read once. keys: one a context.
-    mesh: rows are split over its data axes; of several processes each has contexts of its own.
+    mesh: rows are split over its data axes; of several processes each has contexts of its own, and they are written
+      together.
     """
-    count = len(contexts) // n
-    rows = count if mesh is None else -(-count // _share(mesh)) * _share(mesh)
+    alone = mesh is None or jax.process_count() == 1
+    processes, process = (1, 0) if alone else (jax.process_count(), jax.process_index())
+    (most,) = (len(contexts),) if alone else hosts.most(len(contexts))
+    rows = _room(most // n, processes, mesh)
     prompts = left_pad(contexts[::n], rows=rows, width=width)
     keys = keys[jnp.arange(rows * n) % max(1, len(contexts))]  # empty rows fill up the share of every device
     if mesh is not None:
-        prompts, keys = reference.place(prompts, mesh), _placed(keys, mesh)
+        prompts, keys = _together(prompts, keys, mesh)
     settings = {"stop_ids": policy.stop_ids, **sampling}
     rollout = generate(policy.model, policy.params, prompts, keys, max_new_tokens=max_new_tokens, n=n, **settings)
-    return _actions(policy.tokenizer, _local(rollout, mesh), contexts)
+    rollout = jax.device_get(rollout) if mesh is None else hosts.whole(rollout)
+    first = process * rows * n
+    return _actions(policy.tokenizer, jax.tree.map(lambda x: x[first : first + len(contexts)], rollout), contexts)
 
 
 def cut(action: Action, room: int, tokenizer: Any) -> Action:
@@ -72,19 +77,17 @@ def bucket(width: int, limit: int) -> int:
     return min(columns, limit)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def turn_keys(key: Array, turn: Array | int, episodes: int) -> Array:
-    """One key an episode: in the first turn the one that `generate` makes of a single key."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(episodes))
+@jax.jit
+def turn_keys(key: Array, turn: Array | int, numbers: Array) -> Array:
+    """One key an episode, by its number: in the first turn the one that `generate` makes of a single key."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
     later = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(LATER_TURNS) + jnp.uint32(turn))
     return jnp.where(turn == 0, keys, later)
 
 
 def most(mesh: Mesh | None, *numbers: int) -> list[int]:
     """The largest of each number over all processes: they go through the same turns in the same shapes."""
-    if mesh is None or jax.process_count() == 1:
-        return list(numbers)
-    return multihost_utils.process_allgather(np.asarray(numbers)).max(0).tolist()
+    return list(numbers) if mesh is None else hosts.most(*numbers)
 
 
 def _actions(tokenizer: Any, rollout: Rollout, contexts: Sequence[np.ndarray]) -> list[Action | None]:
@@ -98,25 +101,17 @@ def _actions(tokenizer: Any, rollout: Rollout, contexts: Sequence[np.ndarray]) -
     return found
 
 
-def _share(mesh: Mesh) -> int:
-    """What the rows of this process have to be a multiple of."""
-    return max(1, sharding.ways(sharding.ROWS, mesh) // jax.process_count())
+def _room(rows: int, processes: int, mesh: Mesh | None) -> int:
+    """The least number of rows a process, at least so many, of which those of all can be spread over the mesh."""
+    step = full(1, mesh) // math.gcd(full(1, mesh), processes)
+    return -(-rows // step) * step
 
 
-def _placed(keys: Array, mesh: Mesh) -> Array:
-    """This process's keys as part of a global array."""
-    rows = NamedSharding(mesh, P(sharding.ROWS))
-    if jax.process_count() == 1:
-        return jax.device_put(keys, rows)
+def _together(prompts: Tokens, keys: Array, mesh: Mesh) -> tuple[Tokens, Array]:
+    """The rows of all processes, one process after the other, spread over the mesh."""
     typed = jnp.issubdtype(keys.dtype, jax.dtypes.prng_key)
-    data = np.asarray(jax.random.key_data(keys) if typed else keys)
-    data = jax.make_array_from_process_local_data(rows, data)
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)) if typed else data
-
-
-def _local(rollout: Rollout, mesh: Mesh | None) -> Rollout:
-    """This process's rows, as numpy."""
-    if mesh is None or jax.process_count() == 1:
-        return jax.device_get(rollout)
-    rows = P(sharding.ROWS)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.global_array_to_host_local_array(x, mesh, rows)), rollout)
+    rows = prompts, np.asarray(jax.random.key_data(keys) if typed else keys)
+    if jax.process_count() > 1:
+        rows = multihost_utils.process_allgather(rows, tiled=True)
+    prompts, data = hosts.spread_rows(rows, mesh)
+    return prompts, jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys)) if typed else data

@@ -56,6 +56,7 @@ def play(
     timeout: float | None = None,
     poll: Callable[[], None] | None = None,
     mesh: Mesh | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> Episodes:
     """n episodes from each data row, all at the same time; those of row i are i·n to i·n + n − 1 of the result.
 
@@ -63,14 +64,15 @@ def play(
       max_prompt, as in `generate`'s rows; then come action, observation, action, … Tokens of the policy keep their ids
       and log-probabilities; everything else is attended and not trained.
     max_new_tokens: of an action. One that is cut, by this or at the end of the row, is answered like any other.
-    key: episode i samples its first action with fold_in(key, i), and later ones with keys from that, so what it does
-      depends on no other episode. With `environments.single_turn` the rollout is exactly that of `sampling.generate`.
+    key: episode i (of all) samples its first action with fold_in(key, i), and later ones with keys from that, so what
+      it does depends on no other. With `environments.single_turn` the rollout is exactly that of `sampling.generate`.
     sampling: settings of `generate`; stop_ids are the policy's if there are none among them.
     seed: `reset` of row i gets a number made of it and i.
     timeout: seconds that a reset or step may take; poll: called about ten times a second while they are waited for, and
       before every turn; it raises to stop.
-    mesh: of the policy's parameters, if they are on several devices. Of several processes each plays rows of its own,
-      equally many, with a key of its own.
+    mesh: of the policy's parameters, if they are on several devices. Of several processes each plays rows of its own.
+    numbers: of these rows among all that are played at the same time; None: 0, 1, … With the numbers of all rows, what
+      several processes play is what one would.
     An episode ends when the environment says so, after `max_turns` actions, or when the observation leaves no room for
       another token. It is `finished` if the environment said done and the last action ended in a stop token.
     A reset or step that raises, takes too long or answers nonsense ends its own episode. Such a failed episode keeps
@@ -91,6 +93,7 @@ def play(
         timeout=timeout,
         poll=poll,
         mesh=mesh,
+        numbers=numbers,
     )[0]
 
 
@@ -109,6 +112,7 @@ def play_against(
     timeout: float | None = None,
     poll: Callable[[], None] | None = None,
     mesh: Mesh | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
 ) -> tuple[Episodes, ...]:
     """Episodes of several players, as each of them sees them: its own tokens trained, the others' only read.
 
@@ -120,7 +124,9 @@ def play_against(
     limits = _Limits(max_new_tokens, max_prompt, max_length)
     _check(policies, game, limits)
     call = functools.partial(call_all, timeout=timeout, poll=poll)
-    episodes = _reset(game, rows, n, seed, call)
+    numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
+    episodes = _reset(game, rows, numbers, n, seed, call)
+    each = np.asarray(numbers[:, None] * n + np.arange(n), np.int32).ravel()
     for turn in range(game.players * game.max_turns):
         player, first = turn % game.players, turn < game.players
         if poll is not None:
@@ -133,7 +139,7 @@ def play_against(
         written = actions.write(
             policies[player],
             contexts,
-            actions.turn_keys(key, turn, len(episodes)),
+            actions.turn_keys(key, turn, each),
             n=n if turn == 0 else 1,
             width=max_prompt if first else actions.bucket(longest, max_length),
             max_new_tokens=max_new_tokens,
@@ -184,9 +190,11 @@ def _as_game(environment: Environment) -> Game:
 # --- one turn ---------------------------------------------------------------------------------------------------------
 
 
-def _reset(game: Game, rows: Sequence[Row], n: int, seed: int, call: Callable[..., list[Any]]) -> list[_Episode]:
+def _reset(
+    game: Game, rows: Sequence[Row], numbers: np.ndarray, n: int, seed: int, call: Callable[..., list[Any]]
+) -> list[_Episode]:
     def begin(index: int) -> list[_Episode]:
-        number = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+        number = int(np.random.SeedSequence([seed, int(numbers[index])]).generate_state(1)[0])
         state, prompts = game.reset(rows[index], number)
         if len(prompts) != game.players:
             raise ValueError(f"reset gave {len(prompts)} prompts for {game.players} players")

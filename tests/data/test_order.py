@@ -10,8 +10,8 @@ import pytest
 from rljax import data
 
 
-def batch(step, *, n=10, size=4, seed=0, p=0, of=1, get=data.indices):
-    return get(n, batch=size, seed=seed, step=step, process_index=p, process_count=of).tolist()
+def batch(step, *, n=10, size=4, seed=0, here=None):
+    return data.indices(n, batch=size, seed=seed, step=step, here=here).tolist()
 
 
 def test_every_epoch_visits_every_row_once_in_another_order():
@@ -38,9 +38,12 @@ def test_neighbouring_seeds_share_no_epoch():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_read_shares_of_one_batch(processes):
     for step in (0, 2, 17):
-        shares = [batch(step, size=8, p=p, of=processes) for p in range(processes)]
+        places = np.split(np.arange(8), processes)
+        shares = [batch(step, size=8, here=here) for here in places]
         assert all(len(share) == 8 // processes for share in shares)
         assert list(itertools.chain.from_iterable(shares)) == batch(step, size=8)
+        apart = batch(step, size=8, here=np.asarray([1, 2, 7]))  # a mesh may give a process any of the places
+        assert apart == [batch(step, size=8)[place] for place in (1, 2, 7)]
 
 
 def test_small_data_sets():
@@ -49,23 +52,21 @@ def test_small_data_sets():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="batch=4 does not divide over 3 processes; give a multiple of 3"):
-        batch(0, of=3)
     with pytest.raises(ValueError, match="at least 1"):
         batch(0, n=0)
 
 
 def test_batches():
-    where = {"process_index": 1, "process_count": 2}
-    batches = data.Batches(lambda rows: {"rows": rows}, 10, batch=4, seed=0, **where)
-    assert batches(7)["rows"].tolist() == batch(7, p=1, of=2)
-    assert data.Batches(list, 10, batch=4, seed=0)(7) == batch(7)  # one process is the default here
+    here = np.asarray([2, 3])
+    batches = data.Batches(lambda rows: {"rows": rows}, 10, batch=4, seed=0, here=here)
+    assert batches(7)["rows"].tolist() == batch(7)[2:] == batch(7, here=here)
+    assert data.Batches(list, 10, batch=4, seed=0)(7) == batch(7)  # without places, all of them
 
 
 def test_eval_batches_cover_everything_once_in_one_shape():
     assert [part.tolist() for part in data.eval_batches(5, 4)] == [[0, 1, 2, 3], [4, -1, -1, -1]]
     assert len(data.eval_batches(8, 4)) == 2
-    shares = [data.eval_batches(5, 4, process_index=p, process_count=2) for p in (0, 1)]
+    shares = [data.eval_batches(5, 4, here) for here in np.split(np.arange(4), 2)]
     assert [[part.tolist() for part in share] for share in shares] == [[[0, 1], [4, -1]], [[2, 3], [-1, -1]]]
 
 

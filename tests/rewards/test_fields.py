@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from rljax import data, judges, prompts, rewards, sharding
+from rljax import data, hosts, judges, prompts, rewards, sharding
 from rljax.models import resolve
 from rljax.types import Tokens
 
@@ -50,6 +50,7 @@ def test_rows_without_a_field_hand_none_to_the_reward(stories, indices):
     ids = np.ones((2, 3), np.int32)
     tokens = Tokens(ids=ids, segments=ids, mask=ids > 0)  # pyright: ignore[reportArgumentType]
     source = prompts.prompts(run, tokenizer, rows)
-    scores = judges.start(made, source, indices, jax.device_put(tokens))()
+    part = hosts.share_of_known(len(indices))
+    scores = judges.start(made, source, indices, jax.device_put(tokens), part)()
     assert seen == [[ROWS[i].get("answer") for i in indices]]
     assert np.isnan(scores.total).tolist() == [ROWS[i].get("answer") is None for i in indices]
