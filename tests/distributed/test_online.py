@@ -1,0 +1,32 @@
+"""Programs whose data the policy writes: two processes sample, judge and learn what one does."""
+
+import pytest
+
+from tests.distributed import pair, same
+
+MESHES = {  # 2 processes × 4 devices; where both have all rows, each judges a half
+    "ppo": {"data": 2, "fsdp": 2, "tensor": 2},
+    "grpo": {"tensor": 8},
+    "grpo_device": {"fsdp": 8},
+    "both": {"fsdp": 4, "tensor": 2},
+    "queue": {"data": 8},
+    "lag": {"fsdp": 2, "context": 2, "tensor": 2},
+    "episodes": {"data": 4, "tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    files = same.files(small, folder, MESHES)
+    calls = [same.call(files[name], folder / "two", mesh) for name, mesh in MESHES.items()]
+    pair.run(pair.several(*calls), folder / "said", seconds=540, RLJAX_CACHE=str(folder / "cache"))
+    return files, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_two_processes_find_what_one_finds(runs, name):
+    """Tokens, rewards, metrics, held-out completions and what is kept of single tokens, step by step."""
+    files, folder = runs
+    same.assert_same(same.alone(files[name], folder / "one"), folder / "two" / name, tolerance=5e-3)

@@ -1,0 +1,94 @@
+"""A run that was begun by so many processes on this mesh goes on with another number of them on another mesh."""
+
+import pathlib
+import shutil
+import signal
+
+import pytest
+
+from rljax import cli, tracking
+from tests.distributed import pair, same
+from tests.test_online import same_run
+from tests.test_programs import wait_for_record
+
+BEGUN = {"dpo": {"fsdp": 8}, "queue": {"data": 2, "fsdp": 2, "tensor": 2}}
+TAKEN_OVER = {"dpo": {"fsdp": 2, "tensor": 4}, "queue": {"fsdp": 8}}
+
+
+def begun(run: pathlib.Path, out: pathlib.Path, step: int = 2) -> pathlib.Path:
+    """A copy of a run as it was when only its checkpoint of `step` had been written."""
+    copy = out / run.name
+    shutil.copytree(run, copy)
+    later = [
+        folder for folder in (copy / "checkpoints").iterdir() if folder.name.isdecimal() and int(folder.name) > step
+    ]
+    assert later
+    for folder in later:
+        shutil.rmtree(folder)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """Runs of one process, of two, and of two that went on with what one had begun."""
+    folder = tmp_path_factory.mktemp("runs")
+    files = same.files(small, folder, BEGUN)
+    for name in BEGUN:
+        begun(same.alone(files[name], folder / "one"), folder / "from_one")
+    calls = [same.call(files[name], folder / "two", mesh) for name, mesh in BEGUN.items()]
+    calls += [same.call(files[name], folder / "from_one", mesh) for name, mesh in BEGUN.items()]
+    said = pair.run(pair.several(*calls), folder / "said", seconds=500, RLJAX_CACHE=str(folder / "cache"))
+    assert said.count("resumed at step 2") == len(BEGUN)
+    return files, folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGUN)
+def test_two_processes_go_on_with_what_one_has_begun(runs, name):
+    _, folder = runs
+    same.assert_same(folder / "one" / name, folder / "from_one" / name, tolerance=5e-3, after=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BEGUN)
+def test_one_process_goes_on_with_what_two_have_begun(runs, name, capsys):
+    files, folder = runs
+    run = begun(folder / "two" / name, folder / "from_two")
+    assert cli.main(same.call(files[name], folder / "from_two", TAKEN_OVER[name])) == 0
+    assert "resumed at step 2" in capsys.readouterr().out
+    same.assert_same(folder / "one" / name, run, tolerance=5e-3, after=2)
+
+
+@pytest.mark.slow
+def test_a_reward_that_fails_on_one_host_ends_all_with_its_reason(small, tmp_path):
+    """All save, say why and leave at once; the same command goes on to the bits of a run that had no such trouble."""
+    files = same.files(small, tmp_path, ["moody"])
+    call = [same.call(files["moody"], tmp_path / out, {"data": 2, "fsdp": 4}) for out in ("ill", "ill", "well")]
+    pair.run(pair.several(*call, statuses=[2]), tmp_path / "said", seconds=300)
+    for number in (0, 1):
+        said = (tmp_path / "said" / f"said.{number}").read_text()
+        assert "process 1 of 2: the reward ill failed in row" in said
+        assert "KeyError: 'the judge is ill'" in said
+        assert "Traceback" not in said
+    assert (tmp_path / "said" / "said.0").read_text().count("resumed at step 1") == 1
+    same_run(tmp_path / "ill" / "moody", tmp_path / "well" / "moody")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(small, tmp_path):
+    files = same.files(small, tmp_path, ["long"])
+    command = pair.several(same.call(files["long"], tmp_path / "two", {"fsdp": 8}))
+    run = tmp_path / "two" / "long"
+    running = pair.start(command, tmp_path / "said")
+    try:
+        wait_for_record(run, 3, running[0])
+        running[1].send_signal(signal.SIGTERM)
+        found = pair.wait(running, 200)
+    finally:
+        pair.end(running)
+    assert found == [143, 143], pair.said(tmp_path / "said")
+    stopped = int(max((path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal()), key=int))
+    assert 3 < stopped < 25
+    same.alone(files["long"], tmp_path / "two")
+    same.assert_same(same.alone(files["long"], tmp_path / "one"), run, after=stopped)
+    assert [row["step"] for row in tracking.read_rows(run / "metrics.jsonl")] == list(range(26))
