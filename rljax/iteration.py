@@ -97,12 +97,13 @@ def build(
     settings: Sampling,
 ) -> Iteration:
     """The iteration of a run (an experiment of `online`) with its method (see methods.py)."""
-    update = train.update_step(method.loss_fn, optimizer, microbatches=run.microbatches)
+    update = train.update_step(method.loss_fn, optimizer, microbatches=run.microbatches, together=method.shared)
     epochs = train.epochs_step(
         update,
         epochs=run.epochs,
         minibatches=run.minibatches,
         target_kl=getattr(run, "target_kl", None),
+        together=method.together,
         prepare=whitening(run),
     )
     draw = dataclasses.asdict(settings) | {"max_new_tokens": run.max_completion}

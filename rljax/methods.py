@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rljax import advantages, losses, models, objectives, ops, views
+from rljax import advantages, groups, losses, models, objectives, ops, views
 from rljax.filters import Sampling
+from rljax.groups import NONE, Shares
 from rljax.types import (
     LanguageModel,
     LossFn,
@@ -61,6 +62,8 @@ class Method(NamedTuple):
     look: views.Look
     reference: bool  # whether `annotate` reads the reference
     greedy: bool = False  # whether every prompt is answered greedily as well
+    together: int = 1  # neighbouring rows of a batch that stay together in minibatches: the completions of a prompt
+    shared: int = 1  # neighbouring rows whose prompt the update computes once: they stay together in microbatches
 
 
 def ppo(
@@ -69,8 +72,10 @@ def ppo(
     params: Params,
     critic: tuple[LanguageModel, Params] | None,
     sampling: Sampling,
+    shares: Shares = NONE,
 ) -> Method:
     """Actor and critic. critic: a decoder of its own with {"model", "head"}, or None: a head on the policy's trunk."""
+    notes, learned = shares.models(run)
     settings: dict[str, Any] = {
         "sampling": sampling,
         "max_trained": run.max_completion,
@@ -79,10 +84,11 @@ def ppo(
     if critic is None:
         head = models.scalar_head(model.config.hidden_size).init(jax.random.key(run.seed))
         tree = {"policy": params, "head": jax.tree.map(jnp.zeros_like, head)}
-        view, values = views.with_value_head(model, **settings), views.values(model)
+        view, values = views.with_value_head(learned(model), **settings), views.values(notes(model))
     else:
         tree = {"policy": params, "critic": critic[1]}
-        view, values = views.with_critic(model, critic[0], **settings), views.values(critic[0])
+        view = views.with_critic(learned(model), learned(critic[0]), **settings)
+        values = views.values(notes(critic[0]))
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PolicyBatch, Metrics]:
         mask = rollout.tokens.mask
@@ -101,16 +107,22 @@ def ppo(
     return Method(
         params=tree,
         loss_fn=_policy_objective(run, view, model, value_loss=run.value_loss, value_coef=run.value_coef),
-        annotate=_annotate(run, view, model, sampling, values=values),
+        annotate=_annotate(run, notes(model), sampling, values=values),
         batch=batch,
         look=view,
         reference=_wants_reference(run),
+        together=groups.together(run),
+        shared=shares.update,
     )
 
 
-def policy_gradient(run: Any, model: LanguageModel, params: Params, sampling: Sampling) -> Method:
+def policy_gradient(
+    run: Any, model: LanguageModel, params: Params, sampling: Sampling, shares: Shares = NONE
+) -> Method:
     """No critic: `run.advantage` compares completions of a prompt, or adds up what is still to come."""
-    view = views.of_policy(model, sampling=sampling, max_trained=run.max_completion, entropy=used(run.entropy_coef))
+    notes, learned = shares.models(run)
+    settings: dict[str, Any] = {"max_trained": run.max_completion, "entropy": used(run.entropy_coef)}
+    view = views.of_policy(learned(model), sampling=sampling, **settings)
     names = inspect.signature(run.advantage).parameters
 
     def batch(rollout: Rollout, notes: Notes, judged: Judged, kl_factor: Array) -> tuple[PolicyBatch, Metrics]:
@@ -126,15 +138,17 @@ def policy_gradient(run: Any, model: LanguageModel, params: Params, sampling: Sa
     return Method(
         params=params,
         loss_fn=_policy_objective(run, view, model),
-        annotate=_annotate(run, view, model, sampling),
+        annotate=_annotate(run, notes(model), sampling),
         batch=batch,
         look=view,
         reference=_wants_reference(run),
         greedy="greedy" in names,
+        together=groups.together(run),
+        shared=shares.update,
     )
 
 
-def preference(run: Any, model: LanguageModel, params: Params, sampling: Sampling) -> Method:
+def preference(run: Any, model: LanguageModel, params: Params, sampling: Sampling, shares: Shares = NONE) -> Method:
     """Online DPO (Guo et al. 2024, arXiv:2402.04792): of each prompt's completions the best against the worst."""
     view = views.of_policy(model, sampling=sampling, max_trained=run.max_completion)
 
@@ -161,16 +175,21 @@ def preference(run: Any, model: LanguageModel, params: Params, sampling: Samplin
     return Method(
         params=params,
         loss_fn=objectives.preference(
-            model, run.loss, average=run.average, max_trained=run.max_completion, sampling=sampling
+            model,
+            run.loss,
+            average=run.average,
+            max_trained=run.max_completion,
+            sampling=sampling,
+            share_prompts=shares.notes > 1,
         ),
-        annotate=_annotate(run, view, model, sampling),
+        annotate=_annotate(run, shares.models(run)[0](model), sampling),
         batch=batch,
         look=view,
         reference=True,
     )
 
 
-def imitation(run: Any, model: LanguageModel, params: Params, sampling: Sampling) -> Method:
+def imitation(run: Any, model: LanguageModel, params: Params, sampling: Sampling, shares: Shares = NONE) -> Method:
     """Best-of-n fine-tuning, expert iteration, RAFT (Dong et al. 2023, arXiv:2304.06767): each prompt's best completion
     becomes a demonstration, if its score exceeds `run.threshold`.
     """
@@ -190,7 +209,7 @@ def imitation(run: Any, model: LanguageModel, params: Params, sampling: Sampling
     return Method(
         params=params,
         loss_fn=objectives.supervised(model, max_trained=run.max_completion),
-        annotate=_annotate(run, view, model, sampling),
+        annotate=_annotate(run, shares.models(run)[0](model), sampling),
         batch=batch,
         look=view,
         reference=_wants_reference(run),
@@ -223,7 +242,7 @@ def _policy_objective(run: Any, view: views.Look, model: LanguageModel, **critic
 
 
 def _annotate(
-    run: Any, view: views.Look, model: LanguageModel, sampling: Sampling, values: Callable[..., Array] | None = None
+    run: Any, model: LanguageModel, sampling: Sampling, values: Callable[..., Array] | None = None
 ) -> Callable[[Params, Params | None, Rollout], Notes]:
     """Reference and policy are looked at by one function, so that equal weights give equal bits."""
     plain = views.of_policy(model, sampling=sampling, max_trained=run.max_completion)

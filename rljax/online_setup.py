@@ -15,6 +15,7 @@ from rljax import (
     collect,
     critics,
     data,
+    groups,
     hosts,
     iteration,
     judges,
@@ -25,12 +26,14 @@ from rljax import (
     prompts,
     rewards,
     settings,
+    sharding,
     tracking,
     views,
 )
+from rljax.filters import Sampling
 from rljax.iteration import Learner
 from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient, Sampled
-from rljax.types import Params, Tokens
+from rljax.types import LanguageModel, Params, Tokens
 
 
 class Setup(NamedTuple):
@@ -66,7 +69,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     rewards.check_fields(asked, prompts.fields(train_rows))
     asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
     drawn = settings.sampling(run, start.stop_ids)
-    method = method_of(run, start, critic, drawn)
+    method = method_of(run, start.model, start.params, critic, drawn, shards=sharding.ways(sharding.ROWS, mesh))
     optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
     learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
     learner, shardings = program.place_state(learner, models.RULES, mesh)
@@ -157,16 +160,20 @@ def _compile(
     return found
 
 
-def method_of(run: Sampled, start: policy.Policy, critic: Any, drawn: Any) -> methods.Method:
+def method_of(
+    run: Sampled, model: LanguageModel, params: Params, critic: Any, drawn: Sampling, *, shards: int
+) -> methods.Method:
+    """What the run learns by. shards: over how many devices rows are split."""
+    shares = groups.shares(run, shards)
     match run:
         case PPO():
-            return methods.ppo(run, start.model, start.params, critic, drawn)
+            return methods.ppo(run, model, params, critic, drawn, shares)
         case PolicyGradient():
-            return methods.policy_gradient(run, start.model, start.params, drawn)
+            return methods.policy_gradient(run, model, params, drawn, shares)
         case OnlinePreference():
-            return methods.preference(run, start.model, start.params, drawn)
+            return methods.preference(run, model, params, drawn, shares)
         case Imitation():
-            return methods.imitation(run, start.model, start.params, drawn)
+            return methods.imitation(run, model, params, drawn, shares)
     raise ValueError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
 
 

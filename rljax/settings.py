@@ -32,6 +32,7 @@ class Sampled(Run):
     reward_timeout: float | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
 
     group: int = 1  # completions of each prompt
+    share_prompts: bool = True  # compute a prompt once for its completions; changes speed and rounding only
     slots: int | None = None  # rows written at a time, finished ones making room for the next; None: all at once
     temperature: float = 1.0
     top_k: int | None = None

@@ -48,13 +48,15 @@ def make_update(
     return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
 
-def update_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1) -> Update:
+def update_step(
+    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1, together: int = 1
+) -> Update:
     """`make_update` before `jit`: for use inside a larger compiled function."""
     if microbatches < 1:
         raise ValueError(f"microbatches must be at least 1, got {microbatches}")
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        loss, metrics, grads = _sum_over_microbatches(loss_fn, state.params, batch, microbatches)
+        loss, metrics, grads = _sum_over_microbatches(loss_fn, state.params, batch, microbatches, together)
         scale = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -78,6 +80,7 @@ def epochs_step(
     epochs: int,
     minibatches: int,
     target_kl: float | None = None,
+    together: int = 1,
     prepare: Callable[[Any], Any] | None = None,
 ) -> Callable[[TrainState, Any, Array], tuple[TrainState, Metrics]]:
     """(state, batch, key) -> (state, metrics): `epochs` passes over the batch, each in a fresh permutation of its rows
@@ -86,6 +89,7 @@ def epochs_step(
     update: from `update_step`. Metrics are merged over all updates. target_kl: once a minibatch's
       `policy/approxkl_avg` (measured before its own update) exceeds it, the updates that are left are skipped; the
       metric `policy/updates` counts those that were made.
+    together: neighbouring rows that stay so, the completions of a prompt: permuted as one, and in one minibatch.
     prepare: what is done to a minibatch before its update (`methods.whitening`).
     All leaves of the batch with the same number of rows are permuted alike. A batch used whole is not permuted.
     """
@@ -100,7 +104,7 @@ def epochs_step(
         if epochs == minibatches == 1:
             state, metrics = counted(state, batch)
             return state, _count(metrics)
-        pieces = functools.partial(_minibatch, batch, minibatches)
+        pieces = functools.partial(_minibatch, batch, minibatches, together)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(counted, state, pieces(key, 0, 0))[1]
         )
@@ -127,18 +131,21 @@ def _count(metrics: Metrics) -> Metrics:
     return {**metrics, "policy/updates": Mean(total=updates.total, weight=jnp.ones(()))}
 
 
-def _minibatch(batch: Any, minibatches: int, key: Array, epoch: Array | int, index: Array | int) -> Any:
+def _minibatch(batch: Any, minibatches: int, together: int, key: Array, epoch: Array | int, index: Array | int) -> Any:
     """Minibatch `index` of an epoch: a slice of that epoch's permutation of the rows."""
     order = jax.random.fold_in(key, epoch)
 
     def take(x: Array) -> Array:
         if minibatches == 1:
             return x
-        if x.shape[0] % minibatches:
-            raise ValueError(f"{x.shape[0]} rows cannot be cut into minibatches={minibatches} equal parts")
-        size = x.shape[0] // minibatches
-        rows = jax.lax.dynamic_slice_in_dim(jax.random.permutation(order, x.shape[0]), index * size, size)
-        return jnp.take(x, rows, axis=0)
+        if x.shape[0] % (minibatches * together):
+            raise ValueError(
+                f"{x.shape[0]} rows, {together} of them together, cannot be cut into minibatches={minibatches} equal "
+                "parts"
+            )
+        size, units = x.shape[0] // minibatches // together, x.shape[0] // together
+        chosen = jax.lax.dynamic_slice_in_dim(jax.random.permutation(order, units), index * size, size)
+        return jnp.take(x, (chosen[:, None] * together + jnp.arange(together)[None]).ravel(), axis=0)
 
     return jax.tree.map(take, batch)
 
@@ -159,10 +166,10 @@ def add_metrics(a: Metrics, b: Metrics) -> Metrics:
 
 
 def _sum_over_microbatches(
-    loss_fn: LossFn, params: Params, batch: Any, microbatches: int
+    loss_fn: LossFn, params: Params, batch: Any, microbatches: int, together: int
 ) -> tuple[Mean, Metrics, Params]:
     """(loss, metrics, gradient of loss.total), all summed over the pieces of the batch."""
-    pieces = batch if microbatches == 1 else jax.tree.map(lambda x: _cut(x, microbatches), batch)
+    pieces = batch if microbatches == 1 else jax.tree.map(lambda x: _cut(x, microbatches, together), batch)
     if microbatches == 1:
         loss_fn = _divided(loss_fn)
     elif isinstance(jax.eval_shape(loss_fn, params, batch)[0], tuple):
@@ -223,14 +230,17 @@ def _nonzero(weights: list[Array]) -> list[Array]:
     return [jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight)) for weight in weights]
 
 
-def _cut(x: Array, pieces: int) -> Array:
-    """[b …] -> [pieces b/pieces …]. Piece i takes rows i, i + pieces, …: with rows sharded over devices none moves."""
-    if x.ndim == 0 or x.shape[0] % pieces:
+def _cut(x: Array, pieces: int, together: int) -> Array:
+    """[b …] -> [pieces b/pieces …], never through `together` neighbouring rows. Piece i takes every pieces-th of what
+    stays together, from the i-th on: with rows sharded over devices none moves.
+    """
+    if x.ndim == 0 or x.shape[0] % (pieces * together):
         raise ValueError(
-            f"a batch leaf of shape {x.shape} cannot be cut into {pieces} microbatches: "
-            f"choose a number of microbatches that divides the batch's rows"
+            f"a batch leaf of shape {x.shape} cannot be cut into {pieces} microbatches, {together} rows together: "
+            "choose a number of microbatches that divides the batch's rows"
         )
-    return x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    rest = x.shape[1:]
+    return x.reshape(-1, pieces, together, *rest).swapaxes(0, 1).reshape(pieces, x.shape[0] // pieces, *rest)
 
 
 def adamw(learning_rate: optax.ScalarOrSchedule, *, eps: float = 1e-8, weight_decay: float = 0.0) -> Any:

@@ -21,7 +21,7 @@ LEVELS = [
     {"objectives", "sampling"},
     {"policy"},
     {"reference", "checkpoint", "progress", "manifest", "plots"},
-    {"artefacts"},
+    {"artefacts", "groups"},
     {"tracking", "tasks", "rewards", "methods", "critics"},
     {"environments"},
     {"report", "program", "selfchecks", "iteration"},

@@ -1,0 +1,91 @@
+"""The completions of a prompt share it: the same numbers, with the prompt computed once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rljax import groups, iteration, methods, rewards, settings
+from tests import tiny
+from tests.test_iteration import KEY, even, prompts, sharp, worth
+
+GRPO = functools.partial(settings.PolicyGradient, model="", data="", reward=len, max_completion=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shards", "expected", "together"),
+    [
+        ({}, 1, (4, 4), 4),
+        ({"share_prompts": False}, 1, (1, 1), 4),
+        ({"minibatches": 2, "microbatches": 2}, 2, (4, 4), 4),
+        ({"minibatches": 2, "microbatches": 2}, 4, (4, 1), 4),  # no device has whole groups in a microbatch
+        ({"minibatches": 16}, 1, (4, 1), 1),  # minibatches of half a group
+    ],
+)
+def test_what_is_shared(changes, shards, expected, together):
+    """Sharing depends on the mesh and on microbatches; which rows a minibatch has does not."""
+    run = GRPO(batch=8, group=4, **changes)
+    assert groups.shares(run, shards) == expected
+    assert groups.together(run) == together
+
+
+def test_what_else_stands_beside_the_completions_is_not_shared():
+    ptx = settings.PPO(model="", data="", reward=len, batch=8, group=4, pretrain_data="x.jsonl", pretrain_batch=8)
+    assert groups.shares(ptx, 1) == (4, 1)
+
+
+def learned(kind, shares, **changes):
+    """An iteration on four prompts with three completions each: metrics, parameters, the compiled program's FLOPs."""
+    run = kind(
+        **{"model": "", "data": "", "reward": len, "batch": 4, "group": 3, "max_completion": 5, "kl_loss": 0.1}
+        | {"old_logps": "trainer", "minibatches": 2, "microbatches": 2, "epochs": 2, "missing_eos_penalty": 1.0}
+        | changes
+    )
+    import optax
+
+    drawn = settings.sampling(run, (0, *range(5, 60, 5)))
+    if kind is settings.PPO:
+        head = {"kernel": jnp.linspace(-1, 1, tiny.model().config.hidden_size), "bias": jnp.ones(())}
+        critic = (tiny.model(), {"model": sharp(2), "head": head}) if run.critic == "policy" else None
+        method = methods.ppo(run, tiny.model(), sharp(), critic, drawn, shares)
+    elif kind is settings.OnlinePreference:
+        method = methods.preference(run, tiny.model(), sharp(), drawn, shares)
+    else:
+        method = methods.policy_gradient(run, tiny.model(), sharp(), drawn, shares)
+    optimizer = optax.sgd(0.1)
+    asked = (rewards.on_device(even, params={"worth": jnp.ones(())}),)
+    parts = iteration.build(run, tiny.model(), method, optimizer, asked, settings=drawn)
+    whole = jax.jit(parts.whole).lower(
+        iteration.init_learner(method.params, optimizer), sharp(1), worth(), prompts(), None, KEY
+    )
+    learner, metrics, trace = (compiled := whole.compile())(
+        iteration.init_learner(method.params, optimizer), sharp(1), worth(), prompts(), None, KEY
+    )
+    assert compiled.cost_analysis()["flops"] > 0
+    return {name: float(mean.value()) for name, mean in metrics.items()}, learner.train.params, trace
+
+
+CASES = {
+    "grpo": (settings.PolicyGradient, {"entropy_coef": 0.01}),
+    "ppo": (settings.PPO, {}),
+    "shared trunk": (settings.PPO, {"critic": "shared"}),
+    "pairs": (settings.OnlinePreference, {"kl_loss": 0.0, "microbatches": 1}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_iteration_is_equal(name):
+    kind, changes = CASES[name]
+    n = 3
+    plain, before, trace = learned(kind, groups.NONE, **changes)
+    shared, after, same = learned(kind, groups.Shares(n, n), **changes)
+    np.testing.assert_array_equal(trace.rollout.tokens.ids, same.rollout.tokens.ids)
+    assert plain.keys() == shared.keys()
+    for metric, value in plain.items():
+        np.testing.assert_allclose(shared[metric], value, rtol=2e-3, atol=2e-5, err_msg=metric)
+    for a, b, start in zip(*map(jax.tree.leaves, (before, after)), jax.tree.leaves(before), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+        assert start.shape == a.shape
+    assert plain["grad_norm"] > 1e-3
