@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
-from rljax import filters
+from rljax import filters, sharding
 from rljax.filters import filter_logits
 from rljax.models import Cache, init_cache, repeat_cache, unstack
 from rljax.models.cache import insert, lengthen
@@ -108,7 +108,7 @@ def _generate(
     """`generate`, compiled; its numbers are checked before, since here they are traced."""
     rows = prompts.ids.shape[0] * n
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if jax.default_backend() == "cpu":
+    if sharding.platform() == "cpu":
         params = unstack(params)  # else XLA copies each layer's slice at every token; on accelerators memory is dearer
     task = _Task(
         model=model,
@@ -122,7 +122,10 @@ def _generate(
     keys = _row_keys(key, rows)
     if slots is None or slots >= rows:
         written, cache = _start(task, prompts, keys)
-        written, _ = lax.while_loop(lambda now: jnp.any(now[0].alive), functools.partial(_step, task), (written, cache))
+        with jax.named_scope("decode"):
+            written, _ = lax.while_loop(
+                lambda now: jnp.any(now[0].alive), functools.partial(_step, task), (written, cache)
+            )
     else:
         written = _in_slots(task, prompts, keys, slots)
     return _rollout(task, prompts, written)
@@ -272,7 +275,9 @@ def _in_slots(task: _Task, prompts: Tokens, keys: Array, slots: int) -> _Rows:
         return now._replace(rows=rows, cache=dataclasses.replace(cache, index=cache.index % length))
 
     def turn(now: _Slots) -> _Slots:
-        return lax.while_loop(busy, step, _refill(task, now, prompts, keys, size))
+        now = _refill(task, now, prompts, keys, size)
+        with jax.named_scope("decode"):
+            return lax.while_loop(busy, step, now)
 
     start = _Slots(
         rows=_blank(task, keys[:slots], segment[:slots]),
@@ -281,7 +286,8 @@ def _in_slots(task: _Task, prompts: Tokens, keys: Array, slots: int) -> _Rows:
         results=_blank(task, keys, segment),
         group=jnp.zeros((), jnp.int32),
     )
-    end = lax.while_loop(lambda now: now.group < groups, turn, start)
+    with jax.named_scope("refill"):
+        end = lax.while_loop(lambda now: now.group < groups, turn, start)
     return jax.tree.map(lambda x: x[:wanted], _collect(end, jnp.arange(slots)).results)
 
 

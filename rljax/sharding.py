@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,7 +20,9 @@ ROWS = ("data", "fsdp")  # the axes that split a batch
 Rules = Sequence[tuple[str, P]]
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1) -> Mesh:
+def make_mesh(
+    *, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
     """A mesh over all devices with the axes data, fsdp, tensor, context; one size may be -1: the devices left.
 
     data     replicas: the batch is split, parameters are copied
@@ -25,11 +30,14 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
     tensor   heads, feed-forward and vocabulary are split
     context  the tokens of a row are split
 
+    devices: those of this run; others are for compiling ahead of time. Where they are slices of a TPU pod that only
+    the data-center network connects, the slices lie along data.
+
     Without -1 a part of the machine can be asked for: its first devices. ValueError where the sizes do not divide
     the number of devices.
     """
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"the mesh {sizes} needs positive sizes, and -1 for at most one axis: the devices left")
@@ -41,13 +49,43 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, context: int = 
         )
     if free:
         sizes[free[0]] = len(devices) // taken
-    elif taken < len(devices) and jax.process_count() > 1:
+    elif taken < len(devices) and len({device.process_index for device in devices}) > 1:
         raise ValueError(
             f"the mesh {sizes} leaves {len(devices) - taken} of {len(devices)} devices idle, which several processes "
             f"cannot do: set one size to -1"
         )
-    used = devices[: math.prod(sizes.values())]
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=used)
+    return Mesh(_laid_out(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the form of the mesh, neighbours in an axis near each other, slices along data."""
+    used, shape = devices[: math.prod(sizes.values())], tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in used}) if used[0].platform == "tpu" else 1
+    if shape[0] % slices:
+        raise ValueError(
+            f"the mesh {sizes} is to lie on {slices} slices, which only the data-center network connects: the data "
+            f"axis runs over them, so its size must be a multiple of {slices}"
+        )
+    make, inner = mesh_utils.create_device_mesh, shape
+    if slices > 1:
+        inner = (shape[0] // slices, *shape[1:])
+        make = functools.partial(mesh_utils.create_hybrid_device_mesh, dcn_mesh_shape=(slices, 1, 1, 1))
+    try:
+        return make(inner, devices=used)
+    except NotImplementedError:  # no axis of the torus has this size: one has to be cut
+        return make(inner, devices=used, allow_split_physical_axes=True)
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what the mesh that is set (`jax.set_mesh`) is made of, else where JAX runs by itself.
+
+    A program that is compiled ahead of time for a machine that is not this one has the mesh of that machine.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "cpu" if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
 
 
 def specs(tree: Any, rules: Rules) -> Any:
