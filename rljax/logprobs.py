@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rljax import filters, ops
+from rljax import filters, ops, sharding
 from rljax.filters import Sampling
 from rljax.types import LanguageModel, Params, Tokens
 
-CHUNK_ELEMENTS = 2**26  # logits alive at once, all devices together: 256 MiB in float32
+CHUNK_ELEMENTS = 2**26  # logits alive at once on a device: 256 MiB in float32
 
 PerToken = Callable[..., Any]  # (logits[b c v], ids[b c], *extras[b c]) -> pytree of [b c]; nothing is shifted any more
 
@@ -126,7 +126,9 @@ def map_logits(
     hidden, mask, positions, per = _trained_columns(hidden, tokens, extras, max_trained)
     rows, columns = mask.shape
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // (rows * model.config.vocab_size))
+        chunk = max(
+            1, CHUNK_ELEMENTS * sharding.ways_here((*sharding.ROWS, "tensor")) // (rows * model.config.vocab_size)
+        )
 
     def unembed(hidden: Array, *per: Array) -> Any:
         return per_token(model.unembed(params, hidden) / temperature, *per)

@@ -140,6 +140,12 @@ def ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+def ways_here(axes: tuple[str, ...]) -> int:
+    """The same on the mesh that is set (`jax.set_mesh`); 1 where none is."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape.get(name, 1) for name in axes)
+
+
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every array of a batch: rows (the first axis) over data and fsdp, tokens (the last axis
     of at least two) over context. Leaves need only a shape. ValueError where rows or tokens cannot be split evenly.
