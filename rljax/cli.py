@@ -1,4 +1,6 @@
-"""The command line: `rljax run | selfcheck | inspect | sample | export | report`. Only this file knows arguments."""
+"""The command line: `rljax run | plan | selfcheck | inspect | sample | export | report`. Only this file knows
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import json
 import os
 import pathlib
 import sys
@@ -19,12 +22,14 @@ import tyro
 from rich.console import Console
 
 from rljax import artefacts, evidence, offline, online, progress
+from rljax import plan as planning
 from rljax import report as reports
 
 PLAIN = (bool, int, float, str)  # what can be written on a command line
 USAGE = """usage: rljax COMMAND …
 
   run FILE [--field value …]        train what FILE's `experiment` describes (or call its `main`)
+  plan FILE [--topology v5e:16x16]  what it would need of a machine, and its best time there, before anybody pays
   selfcheck FILE [--field value …]  only the checks that a run makes before its first step
   inspect RUN [--step N]            what a step did to single tokens: log-probabilities, advantages, ratios
   sample RUN_OR_MODEL               let a run, a checkpoint folder or a named model write
@@ -73,6 +78,50 @@ def selfcheck(argv: Sequence[str]) -> int:
     if callable(experiment):
         raise ValueError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
     return program_of(experiment).selfcheck(experiment, file)
+
+
+def plan_run(argv: Sequence[str]) -> int:
+    """What an experiment needs of a machine; status 1 where it does not fit."""
+
+    def asked(
+        file: tyro.conf.Positional[str],
+        topology: str | None = None,
+        slices: int | None = None,
+        search: bool = False,
+        tries: int = 6,
+        json: bool = False,
+    ) -> dict[str, Any]:
+        """Compile an experiment's functions for a machine: memory, exchange between devices, the time at best. Reads
+        no weights and no data. All other options are fields of the experiment: see rljax run FILE --help.
+
+        Args:
+            file: the experiment file
+            topology: TPU slices that nobody has to have (v5e:16x16, v5p:8x16x16, 2xv6e:16x16); else the devices here
+            slices: so many of them, which the data-center network connects
+            search: try meshes and microbatches, rank those that fit
+            tries: how many of them are compiled
+            json: everything, in bytes and seconds
+        """
+        return locals()
+
+    options, fields = tyro.cli(asked, args=list(argv), prog="rljax plan", return_unknown_args=True)
+    machine = planning.machine(options["topology"], options["slices"])
+    experiment, file = read_experiment([options["file"], *fields], "plan")
+    if callable(experiment):
+        raise ValueError(f"{file} has no `experiment` to plan, only a `main` function")
+    say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
+    if options["search"]:
+        plans = planning.search(experiment, machine, tries=options["tries"], say=say).plans
+    else:
+        plans = [planning.plan(experiment, machine, say)]
+    if options["json"]:
+        print(json.dumps([planning.as_json(plan) for plan in plans]))
+    else:
+        out = Console(width=None if sys.stdout.isatty() else 110)
+        planning.show(plans[0], out)
+        if options["search"]:
+            planning.ranking(plans, out)
+    return 0 if plans[0].fits else 1
 
 
 def inspect_run(argv: Sequence[str]) -> int:
@@ -159,6 +208,7 @@ def report(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
+    "plan": plan_run,
     "selfcheck": selfcheck,
     "inspect": inspect_run,
     "sample": sample,

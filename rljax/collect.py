@@ -196,9 +196,9 @@ def padded(queue: Experience | None, empty: Experience) -> Experience:
 # --- shapes and checks ------------------------------------------------------------------------------------------------
 
 
-def abstract_prompts(run: Any, source: Prompts, mesh: Mesh) -> Tokens:
+def abstract_prompts(run: Any, width: int, mesh: Mesh) -> Tokens:
     """The shapes of a batch of prompts, for the compiler."""
-    ids = jax.ShapeDtypeStruct((run.batch, source.width), np.int32)
+    ids = jax.ShapeDtypeStruct((run.batch, width), np.int32)
     arrays: dict[str, Any] = {"ids": ids, "segments": ids, "mask": jax.ShapeDtypeStruct(ids.shape, bool)}
     return placed(Tokens(**arrays), mesh)
 

@@ -79,7 +79,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     pretrain = _pretrain(run, start, mesh)
     base = start.params if method.reference else None
     reward_params = rewards.device_params(asked)
-    example = (learner, base, reward_params, collect.abstract_prompts(run, source, mesh), pretrain(0))
+    example = (learner, base, reward_params, collect.abstract_prompts(run, source.width, mesh), pretrain(0))
     compiled = _compile(run, parts, method, shardings, example, asked, tracker)
     sampler = collect.Sampler(
         run=run,
@@ -128,35 +128,71 @@ def _compile(
     tracker: tracking.Tracker,
 ) -> dict[str, Any]:
     """Each function once, before the first iteration; another shape would be an error then, not a recompile."""
-    learner, base, reward_params, prompt, text = example
-    key, params = jax.random.key(0), learner.train.params
-    mesh = prompt.ids.sharding.mesh
-    rolled = jax.eval_shape(parts.sample, params, prompt, key)
     names = [one.name for one in asked] if run.environment is None else ["environment"]
-    rollout = collect.placed(rolled, mesh)
-    rows = jax.tree.map(lambda x: x.sharding, rollout)
-    found: dict[str, Any] = dict.fromkeys(("sample", "greedy", "annotate", "learn", "whole", "queue"))
+    found: dict[str, Any] = dict.fromkeys((*PHASES, "queue"))
     if collect.queued(run):
+        rolled = jax.eval_shape(parts.sample, example[0].train.params, example[3], jax.random.key(0))
         found["queue"] = collect.empty_queue(rolled, names, method.greedy, rows=run.batch * run.group * (run.lag or 1))
+    for name, part in jitted(run, parts, method, shardings, example, names, whole=is_whole(run, asked)).items():
+        with tracker.phase(f"compiling {PHASES[name]}"):
+            found[name] = part.function.lower(*part.args).compile()
+    return found
+
+
+PHASES = {
+    "whole": "the iteration",
+    "sample": "the sampler",
+    "greedy": "the greedy sampler",
+    "annotate": "what notes a rollout",
+    "learn": "the update",
+}
+
+
+class Part(NamedTuple):
+    """A function of an iteration, and what it is compiled for."""
+
+    function: Any  # jitted
+    args: tuple[Any, ...]  # arrays, or their shapes and shardings
+
+
+def is_whole(run: Sampled, asked: Sequence[rewards.Reward]) -> bool:
+    """Whether an iteration is one compiled function: all its rewards are JAX functions, and nothing waits."""
+    return bool(asked) and all(one.on_device for one in asked) and not collect.queued(run)
+
+
+def jitted(
+    run: Sampled,
+    parts: iteration.Iteration,
+    method: methods.Method,
+    shardings: Learner,
+    example: tuple[Any, ...],
+    names: Sequence[str],
+    *,
+    whole: bool,
+) -> dict[str, Part]:
+    """The functions that an iteration of this run calls, in that order, by their names in `PHASES`.
+
+    example: (learner, reference, parameters of rewards, prompts, pretraining text), which may be shapes with shardings.
+    names: of the rewards. whole: see `is_whole`.
+    """
+    learner, base, _, prompt, text = example
+    mesh, key, params = prompt.ids.sharding.mesh, jax.random.key(0), learner.train.params
     out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
-    if asked and all(one.on_device for one in asked) and not collect.queued(run):
-        with tracker.phase("compiling the iteration"):
-            whole = jax.jit(parts.whole, donate_argnums=0, **out)
-            found["whole"] = whole.lower(learner, base, reward_params, prompt, text, key).compile()
-        return found
-    with tracker.phase("compiling the sampler"):
-        if run.environment is None:
-            found["sample"] = jax.jit(parts.sample, out_shardings=rows).lower(params, prompt, key).compile()
-        if method.greedy:
-            found["greedy"] = jax.jit(parts.sample_greedy).lower(params, prompt).compile()
-    with tracker.phase("compiling the update"):
-        notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
-        shaped = jax.tree.map(lambda x: x.sharding, notes)
-        found["annotate"] = jax.jit(parts.annotate, out_shardings=shaped).lower(params, base, rollout).compile()
-        verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
-        # With a lag rewards are awaited after the update: if they fail, it has to be as if it had not been made.
-        learn = jax.jit(parts.learn, donate_argnums=() if run.lag else 0, **out)
-        found["learn"] = learn.lower(learner, rollout, notes, verdict, text, key).compile()
+    if whole:
+        return {"whole": Part(jax.jit(parts.whole, donate_argnums=0, **out), (*example, key))}
+    rollout = collect.placed(jax.eval_shape(parts.sample, params, prompt, key), mesh)
+    notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
+    verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
+    rows, noted = jax.tree.map(lambda x: x.sharding, (rollout, notes))
+    found = {}
+    if run.environment is None:
+        found["sample"] = Part(jax.jit(parts.sample, out_shardings=rows), (params, prompt, key))
+    if method.greedy:
+        found["greedy"] = Part(jax.jit(parts.sample_greedy), (params, prompt))
+    found["annotate"] = Part(jax.jit(parts.annotate, out_shardings=noted), (params, base, rollout))
+    # With a lag rewards are awaited after the update: if they fail, it has to be as if it had not been made.
+    learn = jax.jit(parts.learn, donate_argnums=() if run.lag else 0, **out)
+    found["learn"] = Part(learn, (learner, rollout, notes, verdict, text, key))
     return found
 
 

@@ -90,9 +90,9 @@ def check_settings(run: Run) -> None:
         raise ValueError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
 
 
-def make_mesh(run: Run) -> Mesh:
-    """The run's mesh, checked against its batch."""
-    mesh = run.mesh()
+def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:
+    """The run's mesh, checked against its batch. devices: others than those here, to compile for them."""
+    mesh = run.mesh() if devices is None else run.mesh(devices=devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = shards if _answered(run) else shards * run.microbatches
     if run.batch % parts:
@@ -111,20 +111,24 @@ def _answered(run: Run) -> bool:
 def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     """The run's checkpoint on its mesh, in its dtypes."""
     loaded = policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype))
-    accelerated = jax.default_backend() != "cpu"
-    config = dataclasses.replace(
-        loaded.model.config,
-        compute_dtype=run.compute_dtype or ("bfloat16" if accelerated else "float32"),
-        remat=run.remat,
-        unroll=run.unroll,
-    )
+    return loaded._replace(model=models.build(configured(run, loaded.model.config, mesh)))
+
+
+def configured(run: Run, config: models.ModelConfig, mesh: Mesh) -> models.ModelConfig:
+    """A model's config as this run computes it on this mesh. ValueError where it has no room for the run's rows."""
     longest = run.max_prompt + run.max_completion
     if config.learned_positions and longest > config.max_positions:
         raise ValueError(
             f"max_prompt + max_completion = {longest} tokens, but {run.model} has {config.max_positions} positions: "
             "lower them"
         )
-    return loaded._replace(model=models.build(config))
+    accelerated = mesh.devices.flat[0].platform != "cpu"
+    return dataclasses.replace(
+        config,
+        compute_dtype=run.compute_dtype or ("bfloat16" if accelerated else "float32"),
+        remat=run.remat,
+        unroll=run.unroll,
+    )
 
 
 def make_optimizer(run: Run, updates: int | None = None) -> tuple[optax.GradientTransformation, optax.Schedule]:

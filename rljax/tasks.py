@@ -14,7 +14,7 @@ import numpy as np
 from rljax import data, models, objectives, ops
 from rljax.policy import Policy
 from rljax.reference import View
-from rljax.types import LossFn, Params, PreferenceBatch, Tokens, UnpairedBatch
+from rljax.types import LanguageModel, LossFn, Params, PreferenceBatch, Tokens, UnpairedBatch
 
 
 class Task(NamedTuple):
@@ -79,20 +79,24 @@ def preference(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
     return Task(
         params=policy.params,
-        loss_fn=objectives.preference(
-            policy.model,
-            run.loss,
-            average=run.average,
-            reference=run.reference,
-            nll_weight=run.nll_weight,
-            nll_average=run.nll_average,
-            max_trained=run.max_completion,
-            share_prompts=run.share_prompts,
-        ),
+        loss_fn=preference_loss(run, policy.model),
         prepare=fresh_reference if run.reference and not run.cache_reference else None,
         tokens=lambda batch: jax.tree.map(lambda *x: np.concatenate(x), batch.chosen, batch.rejected),
         prompts=_prompts(rows[1], data.preference_row, run.samples),
         **_batches(run, *map(split, rows)),
+    )
+
+
+def preference_loss(run: Any, model: LanguageModel) -> LossFn:
+    return objectives.preference(
+        model,
+        run.loss,
+        average=run.average,
+        reference=run.reference,
+        nll_weight=run.nll_weight,
+        nll_average=run.nll_average,
+        max_trained=run.max_completion,
+        share_prompts=run.share_prompts,
     )
 
 
@@ -130,21 +134,25 @@ def unpaired(run: Any, policy: Policy, rows: Rows, view: View) -> Task:
 
     return Task(
         params=policy.params,
-        loss_fn=objectives.unpaired(policy.model, run.loss, max_trained=run.max_completion),
-        prepare=_kl_estimate(policy, run.max_completion),
+        loss_fn=unpaired_loss(run, policy.model),
+        prepare=kl_estimate(policy.model, run.max_completion),
         tokens=lambda made: made[0].tokens,
         prompts=_prompts(rows[1], data.unpaired_row, run.samples),
         **_batches(run, *map(split, rows)),
     )
 
 
-def _kl_estimate(policy: Policy, max_trained: int) -> Callable[[Params, Any], UnpairedBatch]:
+def unpaired_loss(run: Any, model: LanguageModel) -> LossFn:
+    return objectives.unpaired(model, run.loss, max_trained=run.max_completion)
+
+
+def kl_estimate(model: LanguageModel, max_trained: int) -> Callable[[Params, Any], UnpairedBatch]:
     """(params, (batch, mismatched pairs, their reference log-probabilities)) -> batch with its KL point (KTO)."""
 
     @jax.jit
     def estimate(params: Params, made: tuple[UnpairedBatch, Tokens, jax.Array]) -> UnpairedBatch:
         batch, pairs, ref_logps = made
-        logps = objectives.sequence_logps(policy.model, params, pairs, max_trained=max_trained)
+        logps = objectives.sequence_logps(model, params, pairs, max_trained=max_trained)
         kl = ops.masked_mean(logps - ref_logps, objectives.real_rows(pairs)).value()
         return dataclasses.replace(batch, kl=jnp.broadcast_to(kl, batch.kl.shape))
 
@@ -164,12 +172,16 @@ def reward(run: Any, policy: Policy, rows: Rows, key: jax.Array) -> Task:
     head = models.scalar_head(policy.model.config.hidden_size).init(key)
     return Task(
         params={"model": policy.params, "head": head},
-        loss_fn=objectives.comparison(models.reward_model(policy.model), run.loss),
+        loss_fn=reward_loss(run, policy.model),
         prepare=None,
         tokens=lambda batch: jax.tree.map(lambda x: np.asarray(x).reshape(-1, length), batch.tokens),
         prompts=_prompts(rows[0], data.comparison_row, run.normalize),
         **_batches(run, *map(split, rows)),
     )
+
+
+def reward_loss(run: Any, model: LanguageModel) -> LossFn:
+    return objectives.comparison(models.reward_model(model), run.loss)
 
 
 def supervised(run: Any, policy: Policy, rows: Rows) -> Task:
@@ -195,12 +207,16 @@ def supervised(run: Any, policy: Policy, rows: Rows) -> Task:
 
     return Task(
         params=policy.params,
-        loss_fn=objectives.supervised(policy.model, max_trained=max_trained),
+        loss_fn=supervised_loss(policy.model, max_trained),
         prepare=None,
         tokens=lambda batch: batch,
         prompts=_prompts(rows[1], form, run.samples),
         **_batches(run, *map(split, rows)),
     )
+
+
+def supervised_loss(model: LanguageModel, max_trained: int | None = None) -> LossFn:
+    return objectives.supervised(model, max_trained=max_trained)
 
 
 def check_rows(rows: Rows, form: Callable[[data.Row], Any]) -> None:

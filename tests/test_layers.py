@@ -31,6 +31,7 @@ LEVELS = [
     {"presets", "collect", "evaluation"},
     {"online_setup"},
     {"offline", "online"},
+    {"plan"},
     {"cli"},
     {"__main__"},
 ]

@@ -119,11 +119,7 @@ def _open(path_or_name: Path) -> Checkpoint:
 def _config(checkpoint: Checkpoint, mesh: Any, dtype: Any) -> ModelConfig:
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     compute = jnp.dtype(dtype).name if dtype is not None else "float32" if platform == "cpu" else "bfloat16"
-    try:
-        config = model_config(checkpoint.family, _plain(checkpoint.source))
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.where}: {error}") from None
-    return dataclasses.replace(config, compute_dtype=compute)
+    return dataclasses.replace(hf_read.config_of(checkpoint.source, checkpoint.where), compute_dtype=compute)
 
 
 def _plain(source: dict[str, Any]) -> dict[str, Any]:

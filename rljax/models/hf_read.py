@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rljax.models.config import ModelConfig
-from rljax.models.families import FAMILIES, Family, Layout, family_of
+from rljax.models.families import FAMILIES, Family, Layout, family_of, model_config
 from rljax.models.tensors import Box, Store, Stored, axes_of, open_safetensors, read_json, read_part, stored_shape
 from rljax.types import Params
 
@@ -52,15 +52,29 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 
         source, store = open_gguf(path)
         return Checkpoint(family_of(source["architectures"][0]), source, store, str(path))
-    source = read_json(path / "config.json")
+    family, source = described(read_json(path / "config.json"), str(path / "config.json"))
+    return Checkpoint(family, source, open_safetensors(path), str(path))
+
+
+def described(source: dict[str, Any], where: str) -> tuple[Family, dict[str, Any]]:
+    """(family, the config of its text decoder) of a config.json."""
     try:
         family = family_of(_architecture(source))
     except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     if "text_config" in source:
         text = {**source["text_config"], "architectures": [_text_twin(family).architecture]}
         source = {"model_type": family.model_type, **text, NOTE: source.get(NOTE, {})}
-    return Checkpoint(family, source, open_safetensors(path), str(path))
+    return family, source
+
+
+def config_of(source: dict[str, Any], where: str) -> ModelConfig:
+    """The model that a config.json describes."""
+    family, source = described(source, where)
+    try:
+        return model_config(family, {key: value for key, value in source.items() if key != NOTE})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _architecture(source: Mapping[str, Any]) -> str:

@@ -116,11 +116,15 @@ def opened(rewards: Sequence[Reward], tokenizer: Any = None, *, mesh: Any = None
                     None if mesh is None else shardings(jax.eval_shape(lambda p=judge.params: p), models.RULES, mesh)
                 )
                 params = judge.params if places is None else jax.device_put(judge.params, places)
-                source = one.fn
-                fn = functools.partial(_token_scores, decoder, checkpoint=source.path, output=source.output)
-                one = dataclasses.replace(one, fn=fn, params=params, on_device=True)
+                one = on_tokens(one, decoder, params)
         found.append(one)
     return tuple(found)
+
+
+def on_tokens(one: Reward, decoder: ScalarModel, params: Params) -> Reward:
+    """The reward of a decoder's checkpoint as a JAX function of token ids."""
+    fn = functools.partial(_token_scores, decoder, checkpoint=one.fn.path, output=one.fn.output)
+    return dataclasses.replace(one, fn=fn, params=params, on_device=True)
 
 
 def embedding_similarity(

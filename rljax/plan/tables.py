@@ -1,0 +1,133 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rljax.plan.estimate import Block, Plan
+
+GIB = 2**30
+
+
+def show(plan: Plan, console: Console) -> None:
+    """What a researcher wants to know before paying."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    console.print(
+        f"{plan.model}: {plan.parameters / 1e9:.2f} billion parameters on {plan.machine}, {plan.devices} devices "
+        f"({plan.chip.kind}), mesh {mesh}, microbatches={plan.microbatches}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    for block in plan.blocks:
+        console.print()
+        _show_block(block, console)
+    if len(plan.blocks) > 1 and plan.step is not None:
+        console.print(f"\nan iteration, at best: {duration(plan.step)}", highlight=False)
+
+
+def _show_block(block: Block, console: Console) -> None:
+    say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    say(f"{block.name}{f' ({block.note})' if block.note else ''}: {verdict(block)}")
+    table = _table("memory of a device", "GiB")
+    for name, size in block.memory.items():
+        table.add_row(name, f"{size / GIB:.3f}")
+    table.add_row("all together", f"{block.needed / GIB:.3f}")
+    console.print(table)
+    if block.refused:
+        return
+    table = _table("exchange with other devices", "a step", "GiB sent", "seconds")
+    for one in block.exchange:
+        times = [value for value in (one.ici, one.dcn) if value]
+        table.add_row(
+            f"{one.kind} over {one.axes}",
+            f"{one.count:,.0f}",
+            f"{one.bytes / GIB:.3f}",
+            duration(sum(times)) if times else "?",
+        )
+    console.print(table if block.exchange else "no exchange with other devices")
+    bound = (
+        f"at best {duration(block.step)}, bound by {block.binding}"
+        if block.step
+        else "time: the figures of this device are not known"
+    )
+    parts = ", ".join(f"{name} {duration(value)}" for name, value in block.seconds.items() if value)
+    say(f"{block.flops / 1e12:,.2f} TFLOP of matrix products, {block.bytes / GIB:,.1f} GiB to and from memory")
+    say(f"{bound}{f' ({parts})' if parts else ''}")
+    for scope in block.unknown:
+        say(f"note: a loop whose rounds data decide is counted once: {scope}")
+
+
+def verdict(block: Block) -> str:
+    """fits or does not, and by how much."""
+    if math.isinf(block.limit):
+        return f"needs {block.needed / GIB:.2f} GiB; how much a device has is not known"
+    free = block.limit - block.needed
+    if block.fits:
+        return f"fits, {free / GIB:.2f} GiB of {block.limit / GIB:.2f} GiB free ({free / block.limit:.0%})"
+    return (
+        f"does not fit: needs {block.needed / GIB:.2f} GiB of {block.limit / GIB:.2f} GiB, {-free / GIB:.2f} GiB over; "
+        "use more microbatches, --remat full, a smaller batch, or more devices on the fsdp or tensor axis"
+    )
+
+
+def ranking(plans: Sequence[Plan], console: Console) -> None:
+    """Searched plans, the best first."""
+    table = _table("mesh and microbatches", "at best", "bound by", "GiB needed", "")
+    for plan in plans:
+        worst = max(plan.blocks, key=lambda block: block.needed)
+        slowest = max(plan.blocks, key=lambda block: block.step or 0.0)
+        table.add_row(
+            setting(plan),
+            duration(plan.step) if plan.step else "?",
+            f"{slowest.name}: {slowest.binding}" if slowest.binding else "",
+            f"{worst.needed / GIB:.2f}",
+            "fits" if plan.fits else "does not fit",
+        )
+    console.print(table)
+
+
+def setting(plan: Plan) -> str:
+    """As options of the command line."""
+    mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in plan.mesh.items() if size > 1 or axis == "fsdp")
+    return f"{mesh} --microbatches {plan.microbatches}"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title, *columns, box=None, pad_edge=False, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything, in bytes and seconds."""
+    blocks = [
+        {
+            **block._asdict(),
+            "limit": None if math.isinf(block.limit) else block.limit,
+            "exchange": [one._asdict() for one in block.exchange],
+            "fits": block.fits,
+            "binding": block.binding,
+            "step": block.step,
+        }
+        for block in plan.blocks
+    ]
+    chip = {name: None if value == math.inf else value for name, value in plan.chip._asdict().items()}
+    return {**plan._asdict(), "chip": chip, "blocks": blocks, "fits": plan.fits, "step": plan.step}
