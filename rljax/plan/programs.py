@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rljax import (
     collect,
@@ -82,6 +82,9 @@ def _offline(run: Any, mesh: Mesh, start: policy.Policy) -> Programs:
     optimizer, _ = program.make_optimizer(run)
     params, loss_fn, batch = _objective(run, start)
     batch = collect.placed(batch, mesh)
+    if isinstance(run, offline.Unpaired):  # one number, which a function made that all devices run alike
+        whole = jax.ShapeDtypeStruct(batch.kl.shape, batch.kl.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        batch = dataclasses.replace(batch, kl=whole)
     state = placed(jax.eval_shape(lambda params: train.init_state(params, optimizer), params), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     update = train.make_update(loss_fn, optimizer, shardings=shardings, microbatches=run.microbatches)

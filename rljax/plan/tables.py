@@ -11,8 +11,6 @@ from rich.table import Table
 
 from rljax.plan.estimate import Block, Plan
 
-GIB = 2**30
-
 
 def show(plan: Plan, console: Console) -> None:
     """What a researcher wants to know before paying."""
@@ -36,20 +34,20 @@ def show(plan: Plan, console: Console) -> None:
 def _show_block(block: Block, console: Console) -> None:
     say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     say(f"{block.name}{f' ({block.note})' if block.note else ''}: {verdict(block)}")
-    table = _table("memory of a device", "GiB")
-    for name, size in block.memory.items():
-        table.add_row(name, f"{size / GIB:.3f}")
-    table.add_row("all together", f"{block.needed / GIB:.3f}")
+    table = _table("memory of a device", "")
+    for name, taken in block.memory.items():
+        table.add_row(name, size(taken))
+    table.add_row("all together", size(block.needed))
     console.print(table)
     if block.refused:
         return
-    table = _table("exchange with other devices", "a step", "GiB sent", "seconds")
+    table = _table("exchange with other devices", "times", "sent", "at best")
     for one in block.exchange:
         times = [value for value in (one.ici, one.dcn) if value]
         table.add_row(
             f"{one.kind} over {one.axes}",
             f"{one.count:,.0f}",
-            f"{one.bytes / GIB:.3f}",
+            size(one.bytes),
             duration(sum(times)) if times else "?",
         )
     console.print(table if block.exchange else "no exchange with other devices")
@@ -59,7 +57,7 @@ def _show_block(block: Block, console: Console) -> None:
         else "time: the figures of this device are not known"
     )
     parts = ", ".join(f"{name} {duration(value)}" for name, value in block.seconds.items() if value)
-    say(f"{block.flops / 1e12:,.2f} TFLOP of matrix products, {block.bytes / GIB:,.1f} GiB to and from memory")
+    say(f"{quantity(block.flops)}FLOP of matrix products, {size(block.bytes)} to and from memory")
     say(f"{bound}{f' ({parts})' if parts else ''}")
     for scope in block.unknown:
         say(f"note: a loop whose rounds data decide is counted once: {scope}")
@@ -68,19 +66,19 @@ def _show_block(block: Block, console: Console) -> None:
 def verdict(block: Block) -> str:
     """fits or does not, and by how much."""
     if math.isinf(block.limit):
-        return f"needs {block.needed / GIB:.2f} GiB; how much a device has is not known"
+        return f"needs {size(block.needed)}; how much a device has is not known"
     free = block.limit - block.needed
     if block.fits:
-        return f"fits, {free / GIB:.2f} GiB of {block.limit / GIB:.2f} GiB free ({free / block.limit:.0%})"
+        return f"fits, {size(free)} of {size(block.limit)} free ({free / block.limit:.0%})"
     return (
-        f"does not fit: needs {block.needed / GIB:.2f} GiB of {block.limit / GIB:.2f} GiB, {-free / GIB:.2f} GiB over; "
+        f"does not fit: needs {size(block.needed)} of {size(block.limit)}, {size(-free)} over; "
         "use more microbatches, --remat full, a smaller batch, or more devices on the fsdp or tensor axis"
     )
 
 
 def ranking(plans: Sequence[Plan], console: Console) -> None:
     """Searched plans, the best first."""
-    table = _table("mesh and microbatches", "at best", "bound by", "GiB needed", "")
+    table = _table("mesh and microbatches", "at best", "bound by", "needed", "")
     for plan in plans:
         worst = max(plan.blocks, key=lambda block: block.needed)
         slowest = max(plan.blocks, key=lambda block: block.step or 0.0)
@@ -88,7 +86,7 @@ def ranking(plans: Sequence[Plan], console: Console) -> None:
             setting(plan),
             duration(plan.step) if plan.step else "?",
             f"{slowest.name}: {slowest.binding}" if slowest.binding else "",
-            f"{worst.needed / GIB:.2f}",
+            size(worst.needed),
             "fits" if plan.fits else "does not fit",
         )
     console.print(table)
@@ -105,6 +103,21 @@ def _table(title: str, *columns: str) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
+
+
+def size(count: float) -> str:
+    """Bytes, in the unit that suits them."""
+    unit = next((name for name in ("GiB", "MiB") if count >= 0.01 * UNITS[name]), "KiB")
+    return f"{count / UNITS[unit]:,.2f} {unit}"
+
+
+UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def quantity(count: float) -> str:
+    """A number with its prefix: 1.23 T."""
+    prefix, scale = next(((p, s) for p, s in (("P", 1e15), ("T", 1e12), ("G", 1e9)) if count >= s), ("M", 1e6))
+    return f"{count / scale:,.2f} {prefix}"
 
 
 def duration(seconds: float | None) -> str:

@@ -1,0 +1,408 @@
+"""Plans against bytes and operations worked out by hand, and against what a run really compiles."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies as jax_topologies
+
+from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sharding, tracking
+from rljax import plan as planning
+from rljax.plan import costs, estimate, hlo, programs, topologies
+
+ROOT = pathlib.Path(__file__).parent.parent
+LLAMA_3_8B = {  # as published
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 128001,
+}
+LLAMA_3_70B = LLAMA_3_8B | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+SMALL = LLAMA_3_8B | {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+}
+
+
+def write(folder, config, experiment):
+    """An experiment file beside the config.json that it names; its path."""
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "experiment.py"
+    file.write_text(
+        f"import functools\nfrom rljax import losses, offline, presets\nMODEL = {str(folder)!r}\n{experiment}\n"
+    )
+    return file
+
+
+DPO = """
+experiment = offline.Preference(model=MODEL, data="none.jsonl", loss=functools.partial(losses.dpo_loss, beta=0.1),
+    batch=256, max_prompt=512, max_completion=512, remat="full")"""
+PPO = """
+def length(prompts, completions):
+    return [len(text) for text in completions]
+
+experiment = presets.ppo_huang2024(model=MODEL, data="none.jsonl", reward=length, batch=512, minibatches=1, epochs=1,
+    max_prompt=512, max_completion=512, remat="full")"""
+
+PEAK = """
+import json, resource, sys
+from rljax import cli
+status = cli.main(sys.argv[1:])
+print(json.dumps({"status": status, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+
+def planned(file, *options):
+    """(plan, peak bytes of the process) of the command line, in a process of its own as a user has it."""
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-c", PEAK, "plan", str(file), "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, check=True)
+    plan, last = done.stdout.strip().splitlines()
+    assert json.loads(last)["status"] == 0, done.stderr
+    return json.loads(plan), json.loads(last)["rss"]
+
+
+def weights(c):
+    """(parameters that the mesh splits, those of norms, which it does not; of a decoder with unembedding)."""
+    d, layers, head = c["hidden_size"], c["num_hidden_layers"], c["hidden_size"] // c["num_attention_heads"]
+    attention = 2 * d * d + 2 * d * c["num_key_value_heads"] * head
+    split = layers * (attention + 3 * d * c["intermediate_size"]) + 2 * c["vocab_size"] * d
+    return split, (2 * layers + 1) * d
+
+
+# --- large models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
+    plan, rss = planned(write(tmp_path, LLAMA_3_8B, DPO), "--topology", "v5e:16x16")
+    (update,) = plan["blocks"]
+    split, norms = weights(LLAMA_3_8B)
+    assert plan["parameters"] == split + norms == 8_030_261_248
+    held = 4 * (split // 256 + norms)
+    assert update["memory"]["parameters"] == update["memory"]["initial weights"] == held
+    assert held < 126.5e6  # a replicated matrix would show: the smallest has 16.8 MB
+    assert update["memory"]["optimizer"] == 2 * held + 3 * 4  # two moments, three counters
+    # One row a chip, of a prompt and both completions: 1536 tokens. A backward pass costs twice a forward one; all but
+    # the last product of a layer is computed again for it, and of the unembedding too.
+    c, tokens = LLAMA_3_8B, 512 + 2 * 512
+    down = 32 * c["hidden_size"] * c["intermediate_size"]
+    embeddings = c["vocab_size"] * c["hidden_size"]
+    layers = split - 2 * embeddings
+    scores = 32 * 2 * (512 * 512 + 2 * 512 * 1024) * c["hidden_size"]  # queries · keys, weights · values
+    expected = 2 * ((4 * layers - down) * tokens + 4 * scores + 4 * embeddings * 2 * 512)
+    assert update["flops"] == pytest.approx(expected, rel=0.01)
+    # Weights are gathered in bfloat16, forward and backward, keys' and values' apart.
+    gathered = {one["axes"]: one["bytes"] for one in update["exchange"] if one["kind"] == "all-gather"}
+    keys = 32 * 2 * c["hidden_size"] * 1024
+    assert gathered["fsdp"] >= 2 * 2 * (layers - keys) * 255 / 256
+    assert gathered["fsdp"] <= 2 * 2 * (split + 4 * embeddings)
+    assert plan["fits"]
+    assert update["needed"] == sum(update["memory"].values()) < 7 * 2**30
+    assert update["binding"] == "compute"
+    assert update["step"] == update["seconds"]["compute"] == update["flops"] / 197e12
+    assert rss < 4 * 2**30
+
+
+@pytest.mark.slow
+def test_ppo_of_70_billion_on_2048_chips(tmp_path):
+    """Policy, critic and reference, 280 GB each in float32, and 1.1 TB of moments: planned in a few GB."""
+    mesh = "--topology", "v5p:8x16x16", "--mesh.fsdp", "512", "--mesh.tensor", "4"
+    plan, rss = planned(write(tmp_path, LLAMA_3_70B, PPO), *mesh)
+    assert [block["name"] for block in plan["blocks"]] == ["sampler", "notes (reference, values)", "update"]
+    split, norms = weights(LLAMA_3_70B)
+    assert plan["parameters"] == split + norms == 70_553_706_496
+    held = 4 * (split // 2048 + norms)
+    update = plan["blocks"][2]
+    head = 4 * (LLAMA_3_70B["hidden_size"] + 1)  # of the critic, in float32
+    assert update["memory"]["policy"] == update["memory"]["reference"] == held
+    assert update["memory"]["critic"] == held + head
+    assert update["memory"]["optimizer"] == 2 * (2 * held + head) + 2 * 4
+    assert plan["fits"]
+    assert {one["axes"] for one in update["exchange"]} >= {"fsdp", "tensor"}
+    assert rss < 8 * 2**30
+
+
+def test_what_does_not_fit_says_by_how_much(tmp_path, capsys):
+    pytest.importorskip("libtpu")
+    file = write(tmp_path, LLAMA_3_8B, DPO)
+    assert cli.main(["plan", str(file), "--topology", "v5e:2x4", "--batch", "64"]) == 1
+    said = capsys.readouterr().out
+    found = re.search(r"does not fit: needs ([\d.]+) GiB of 15.75 GiB, ([\d.]+) GiB over", said)
+    assert found
+    needed, over = map(float, found.groups())
+    assert over == pytest.approx(needed - 15.75, abs=0.02)
+    split, norms = weights(LLAMA_3_8B)
+    assert needed > 4 * 4 * (split / 8 + norms) / 2**30
+
+
+@pytest.mark.parametrize(
+    ("message", "needed"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (18.36G) exceeds "
+         "available HBM (15.75G).", 18.36 * 2**30),
+        ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 31.20G of "
+         "15.75G hbm. Exceeded hbm capacity by 15.45G.", 31.2 * 2**30),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 512.0MiB.", 512 * 2**20),
+        ("INVALID_ARGUMENT: no such thing", None),
+    ],
+)  # fmt: skip
+def test_the_compilers_words_are_understood(message, needed):
+    assert estimate.needed_bytes(message) == (None if needed is None else pytest.approx(needed))
+
+
+# --- the run's own programs -------------------------------------------------------------------------------------------
+
+
+def bare(text):
+    """HLO without where it comes from."""
+    text = re.sub(r", metadata=\{[^}]*\}", "", text)
+    text = re.sub(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)$.*?^$", "", text)
+    return re.sub(r", entry_computation_layout=.*", "", text)
+
+
+def test_bare_text_is_still_a_program():
+    text = jax.jit(lambda x: x @ x).lower(np.ones((8, 8), np.float32)).compile().as_text()
+    assert "op_name" in text
+    assert "op_name" not in bare(text)
+    assert "dot(" in bare(text)
+
+
+@pytest.fixture
+def story(stories, tmp_path):
+    rows = [
+        {"prompt": "Once upon a time " * 8 + name, "chosen": " was happy.", "rejected": " was sad."}
+        for name in "ABCD" * 6
+    ]
+    return {
+        "model": str(stories),
+        "data": str(data.write_jsonl(tmp_path / "pairs.jsonl", rows)),
+        "steps": 2,
+        "batch": 8,
+        "max_prompt": 32,
+        "max_completion": 16,
+        "mesh": functools.partial(sharding.make_mesh, fsdp=4, tensor=2),
+        "out": str(tmp_path),
+    }
+
+
+def planned_here(run):
+    """{name: HLO} of a plan for the devices of the tests."""
+    mesh = program.make_mesh(run)
+    made = programs.programs(run, mesh, planning.describe(run.model))
+    with jax.set_mesh(mesh):
+        return {one.name: one.function.lower(*one.args).compile().as_text() for one in made.programs}
+
+
+KINDS = {
+    "dpo": functools.partial(offline.Preference, loss=functools.partial(losses.dpo_loss, beta=0.1)),
+    "kto": offline.Unpaired,
+    "reward": functools.partial(offline.RewardModel, microbatches=2),
+    "sft": functools.partial(offline.SFT, packing=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_offline_plans_compile_what_a_run_compiles(kind, story, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
+    if kind == "sft":
+        texts = [{"text": "Once upon a time there was a cat. " * 9}] * 24
+        story |= {"data": str(data.write_jsonl(tmp_path / "texts.jsonl", texts))}
+    run = KINDS[kind](**story)
+    mesh = program.make_mesh(run)
+    with jax.set_mesh(mesh), tracking.Tracker(tmp_path / "log", total_steps=2, tensorboard=False) as tracker:
+        setup = offline.set_up(run, mesh, tmp_path / "run", tracker)
+        planned = planned_here(run)
+        assert bare(planned["update"]) == bare(setup.update.as_text())
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_online_plans_compile_what_a_run_compiles(on_device, story, tmp_path):
+    def length(prompts, completions):
+        return [float(len(text)) for text in completions]
+
+    def brief(tokens):
+        return -tokens.mask.sum(1).astype("float32")
+
+    reward = rewards.on_device(brief) if on_device else length
+    changes = {"epochs": 2, "minibatches": 2, "temperature": 0.7, "group": 2}
+    run = presets.ppo_huang2024(reward=reward, **story | changes)
+    mesh = program.make_mesh(run)
+    with (
+        jax.set_mesh(mesh),
+        tracking.graceful_stop() as stop,
+        tracking.Tracker(tmp_path / "log", total_steps=2, tensorboard=False) as tracker,
+    ):
+        setup = online_setup.set_up(run, mesh, tmp_path / "run", tracker, stop)
+    planned = planned_here(run)
+    real = {"iteration": setup.whole} if on_device else {"sampler": setup.sampler.sample, "update": setup.learn}
+    for name, compiled in real.items():
+        assert bare(planned[name]) == bare(compiled.as_text()), name
+
+
+def test_memory_at_hand_is_what_a_run_is_told(story, tmp_path):
+    run = KINDS["sft"](**story)
+    found = planning.plan(run, planning.machine(None))
+    (update,) = found.blocks
+    assert (found.devices, update.limit) == (8, topologies.machine(None).chip.memory)
+    module = hlo.parse(planned_here(run)["update"])
+    held = sum(update.memory[name] for name in ("parameters", "optimizer", "batch"))
+    assert held == pytest.approx(costs.parameter_bytes(module), rel=1e-3)
+
+
+def test_the_target_decides_not_the_host(tmp_path):
+    """bfloat16 products and stacked layers for a TPU, planned on a CPU."""
+    pytest.importorskip("libtpu")
+    write(tmp_path, SMALL, "")
+    run = presets.grpo(
+        model=str(tmp_path), data="none.jsonl", reward=len, batch=8, group=2, max_prompt=64, max_completion=64
+    )
+    mesh = program.make_mesh(run, planning.machine("v5e:2x2").devices)
+    made = programs.programs(run, mesh, planning.describe(run.model))
+    sampler = next(one for one in made.programs if one.name == "sampler")
+    with jax.set_mesh(mesh):
+        there = sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
+    here = program.make_mesh(run)
+    made = programs.programs(run, here, planning.describe(run.model))
+    sampler = next(one for one in made.programs if one.name == "sampler")
+    with jax.set_mesh(here):
+        local = sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
+    assert "bf16[" in there
+    assert "bf16[" not in local
+    assert sampler.loops == {"decode": 63}
+
+
+# --- slices, models, searches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "memory"),
+    [
+        ("v4:2x2x2", 8, 30.75),
+        ("v5p:2x2x2", 8, 95.74),
+        ("v6e:4x4", 16, 31.25),
+        ("tpu7x:2x2x1", 8, 94.75),
+        ("v5e:1x1", 1, 15.75),
+        ("2xv5e:4x4", 32, 15.75),
+        ("v5p:8x16x16", 2048, 95.74),
+    ],
+)
+def test_slices(name, devices, memory):
+    pytest.importorskip("libtpu")
+    machine = planning.machine(name)
+    assert (len(machine.devices), machine.name, machine.chip.memory / 2**30) == (devices, name, pytest.approx(memory))
+    kinds = {device.device_kind for device in machine.devices}
+    assert kinds == {kind for kind, known in topologies.KINDS.items() if known in name}
+    assert sharding.make_mesh(data=-1, fsdp=1, devices=machine.devices).size == devices
+
+
+def test_slices_lie_along_data():
+    pytest.importorskip("libtpu")
+    machine = planning.machine("v5e:4x4", 2)
+    assert machine.name == "2xv5e:4x4"
+    mesh = sharding.make_mesh(data=4, fsdp=-1, devices=machine.devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+    with pytest.raises(ValueError, match="must be a multiple of 2"):
+        sharding.make_mesh(data=1, devices=machine.devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "message"),
+    [
+        ("v9:4x4", None, "there is no topology 'v9:4x4'.*v5e:16x16"),
+        ("v5e", None, "there is no topology 'v5e'"),
+        ("v5e:16", None, "has 1 sides, but slices of v5e have 2"),
+        ("v5e:0x4", None, "of one chip or more"),
+        ("v5e:9x9", None, "knows no slice v5e:9x9"),
+        ("2xv5e:4x4", 3, "has 2 slices and slices=3"),
+        (None, 2, "are of a topology: name one"),
+    ],
+)
+def test_wrong_names(name, slices, message):
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=message):
+        planning.machine(name, slices)
+
+
+def test_without_the_compiler(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(jax_topologies, "get_topology_desc", None)
+    assert cli.main(["plan", str(write(tmp_path, SMALL, DPO)), "--topology", "v5e:4x4"]) == 2
+    assert 'pip install "rljax[plan]"' in capsys.readouterr().err
+
+
+def test_only_a_config_is_needed(tmp_path):
+    write(tmp_path, SMALL, "")
+    folder = planning.describe(str(tmp_path))
+    assert folder == planning.describe(str(tmp_path / "config.json"))
+    assert folder.stop_ids == (128001,)
+    assert folder.config.num_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"architectures": ["Mamba"]}))
+    with pytest.raises(ValueError, match="unsupported architecture 'Mamba'"):
+        planning.describe(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no folder 'nowhere'"):
+        planning.describe("nowhere")
+
+
+def test_a_search_ranks_what_fits(tmp_path, capsys):
+    pytest.importorskip("libtpu")
+    file = write(tmp_path, SMALL, DPO.replace("512", "64").replace("256", "8"))
+    assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "3", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert len(plans) == 3
+    assert len({(*plan["mesh"].values(), plan["microbatches"]) for plan in plans}) == 3
+    steps = [plan["step"] for plan in plans]
+    assert steps == sorted(steps)
+    assert all(np.prod(list(plan["mesh"].values())) == 4 for plan in plans)
+    assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "1"]) == 0
+    assert re.search(r"--mesh\.fsdp \d+ --microbatches \d+ .* fits", capsys.readouterr().out)
+
+
+def test_a_search_drops_what_cannot_be(tmp_path):
+    write(tmp_path, SMALL | {"num_key_value_heads": 1}, "")
+    run = offline.SFT(model=str(tmp_path), data="none.jsonl", batch=3, mesh=sharding.make_mesh)
+    with pytest.raises(ValueError, match=r"no mesh of 8 devices is valid.*cannot be spread"):
+        planning.search(dataclasses.replace(run, max_prompt=64, max_completion=64), planning.machine(None), tries=1)
+    with pytest.raises(ValueError, match="of rljax's mesh, but this one is"):
+        planning.search(dataclasses.replace(run, mesh=lambda: None), planning.machine(None), tries=1)
+
+
+def test_options_are_those_of_the_run(tmp_path, capsys):
+    file = write(tmp_path, SMALL, DPO.replace("512", "64"))
+    assert cli.main(["plan", str(file), "--batch", "12"]) == 2
+    assert "cannot be spread over data×fsdp=8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(file), "--loss.betta", "1"])
+    assert (
+        cli.main(["plan", str(file), "--batch", "16", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--microbatches", "2"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "mesh data=1 fsdp=4 tensor=2 context=1, microbatches=2" in said
+    assert "fits" in said
