@@ -78,13 +78,13 @@ print(json.dumps({"status": status, "rss": resource.getrusage(resource.RUSAGE_SE
 
 
 def planned(file, *options):
-    """(plan, peak bytes of the process) of the command line, in a process of its own as a user has it."""
+    """(the only plan, peak bytes of the process) of the command line, in a process of its own as a user has it."""
     pytest.importorskip("libtpu")
     command = [sys.executable, "-c", PEAK, "plan", str(file), "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900, check=True)
     plan, last = done.stdout.strip().splitlines()
     assert json.loads(last)["status"] == 0, done.stderr
-    return json.loads(plan), json.loads(last)["rss"]
+    return json.loads(plan)[0], json.loads(last)["rss"]
 
 
 def weights(c):
@@ -106,7 +106,7 @@ def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
     assert plan["parameters"] == split + norms == 8_030_261_248
     held = 4 * (split // 256 + norms)
     assert update["memory"]["parameters"] == update["memory"]["initial weights"] == held
-    assert held < 126.5e6  # a replicated matrix would show: the smallest has 16.8 MB
+    assert held < 130e6  # a replicated matrix would show: the smallest has 16.8 MB
     assert update["memory"]["optimizer"] == 2 * held + 3 * 4  # two moments, three counters
     # One row a chip, of a prompt and both completions: 1536 tokens. A backward pass costs twice a forward one; all but
     # the last product of a layer is computed again for it, and of the unembedding too.
@@ -219,8 +219,10 @@ def planned_here(run):
         return {one.name: one.function.lower(*one.args).compile().as_text() for one in made.programs}
 
 
+DPO_HERE = functools.partial(offline.Preference, loss=functools.partial(losses.dpo_loss, beta=0.1))
 KINDS = {
-    "dpo": functools.partial(offline.Preference, loss=functools.partial(losses.dpo_loss, beta=0.1)),
+    "dpo": DPO_HERE,
+    "dpo, reference computed with every batch": functools.partial(DPO_HERE, cache_reference=False),
     "kto": offline.Unpaired,
     "reward": functools.partial(offline.RewardModel, microbatches=2),
     "sft": functools.partial(offline.SFT, packing=True),
@@ -350,6 +352,15 @@ def test_wrong_names(name, slices, message):
         planning.machine(name, slices)
 
 
+def test_two_processes_may_plan_at_a_time():
+    """The compiler's library lets one process of a machine have its chips, but none is needed."""
+    pytest.importorskip("libtpu")
+    assert len(planning.machine("v5e:2x2").devices) == 4
+    again = "from rljax import plan; print(len(plan.machine('v5e:2x2').devices))"
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout == "4\n", done.stderr
+
+
 def test_without_the_compiler(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(jax_topologies, "get_topology_desc", None)
@@ -381,7 +392,7 @@ def test_a_search_ranks_what_fits(tmp_path, capsys):
     assert steps == sorted(steps)
     assert all(np.prod(list(plan["mesh"].values())) == 4 for plan in plans)
     assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "1"]) == 0
-    assert re.search(r"--mesh\.fsdp \d+ --microbatches \d+ .* fits", capsys.readouterr().out)
+    assert re.search(r"--mesh\.fsdp \d+ .* update: \w+ .* fits", capsys.readouterr().out)
 
 
 def test_a_search_drops_what_cannot_be(tmp_path):

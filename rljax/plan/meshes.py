@@ -58,8 +58,14 @@ def search(run: Any, machine: Machine, *, tries: int, say: Callable[[str], None]
     for number, one in enumerate(good[:tries]):
         say(f"{number + 1} of {min(tries, len(good))}: about {one.needed / 2**30:.1f} GiB by arithmetic")
         plans.append(plan(one.run, machine, say))
-    plans.sort(key=lambda one: (not one.fits, math.inf if one.step is None else one.step))
+    plans.sort(key=_order)
     return Found(plans, len(good), dropped)
+
+
+def _order(one: Plan) -> tuple[bool, float, float]:
+    """What fits first, then by time to three digits, then by memory."""
+    step = math.inf if one.step is None else float(f"{one.step:.3g}")
+    return not one.fits, step, max(block.needed for block in one.blocks)
 
 
 def _candidates(run: Any, devices: int) -> Iterator[Any]:

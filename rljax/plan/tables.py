@@ -95,13 +95,14 @@ def ranking(plans: Sequence[Plan], console: Console) -> None:
 def setting(plan: Plan) -> str:
     """As options of the command line."""
     mesh = " ".join(f"--mesh.{axis} {size}" for axis, size in plan.mesh.items() if size > 1 or axis == "fsdp")
-    return f"{mesh} --microbatches {plan.microbatches}"
+    return mesh + (f" --microbatches {plan.microbatches}" if plan.microbatches > 1 else "")
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title, *columns, box=None, pad_edge=False, header_style="dim")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "left" if column is table.columns[0] else "right"
     return table
 
 
