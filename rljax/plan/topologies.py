@@ -59,8 +59,8 @@ GPUS: dict[str, tuple[float, float]] = {
     "NVIDIA B200": (8000e9, 900e9),
 }
 
-# libtpu asks the metadata server of a cloud machine what it runs on, unless it is told, and lets one process of a machine
-# have its chips, of which compiling needs none.
+# libtpu asks the metadata server of a cloud machine what it runs on, unless it is told, and lets one process of a
+# machine have its chips, of which compiling needs none.
 OFFLINE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
