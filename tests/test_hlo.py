@@ -92,14 +92,17 @@ def test_a_loop_that_data_end_runs_as_often_as_its_scope_says(platform):
     assert blind.unknown[0].endswith("decode/while")
 
 
-@pytest.mark.parametrize(("first", "end"), [(3, 10), (0, 1), (-4, 4)])
+@pytest.mark.parametrize(("first", "end", "step"), [(3, 10, 1), (0, 1, 1), (-4, 4, 1), (2, 21, 3), (12, 2, -2)])
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_loops_that_begin_elsewhere(platform, first, end):
+def test_loops_that_count_in_their_own_way(platform, first, end, step):
     def loop(x, w):
-        return jax.lax.fori_loop(first, end, lambda _, x: jnp.tanh(x @ w), x)
+        def going(carry):
+            return carry[0] < end if step > 0 else carry[0] > end
+
+        return jax.lax.while_loop(going, lambda carry: (carry[0] + step, jnp.tanh(carry[1] @ w)), (first, x))[1]
 
     counted = flops(loop, ((128, 128), F32), ((128, 128), F32), platform=platform)
-    assert counted == (end - first) * 2 * 128**3
+    assert counted == len(range(first, end, step)) * 2 * 128**3
 
 
 def test_of_branches_the_dearer_one_counts():

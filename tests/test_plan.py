@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax.experimental import topologies as jax_topologies
 
-from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sharding, tracking
+from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sampling, sharding, tracking
 from rljax import plan as planning
+from rljax.models import unstack
 from rljax.plan import costs, estimate, hlo, programs, topologies
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -107,7 +108,7 @@ def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
     held = 4 * (split // 256 + norms)
     assert update["memory"]["parameters"] == update["memory"]["initial weights"] == held
     assert held < 130e6  # a replicated matrix would show: the smallest has 16.8 MB
-    assert update["memory"]["optimizer"] == 2 * held + 3 * 4  # two moments, three counters
+    assert update["memory"]["optimizer"] == 2 * held + 2 * 4  # two moments, two counters
     # One row a chip, of a prompt and both completions: 1536 tokens. A backward pass costs twice a forward one; all but
     # the last product of a layer is computed again for it, and of the unembedding too.
     c, tokens = LLAMA_3_8B, 512 + 2 * 512
@@ -267,6 +268,26 @@ def test_online_plans_compile_what_a_run_compiles(on_device, story, tmp_path):
         assert bare(planned[name]) == bare(compiled.as_text()), name
 
 
+def test_reward_models_are_held_too(tmp_path):
+    """A critic that starts from a reward model, and that model as the reward: planned from its config."""
+    for name, architecture in (("policy", "LlamaForCausalLM"), ("judge", "LlamaForSequenceClassification")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, SMALL | {"architectures": [architecture]}, "")
+    judge = str(tmp_path / "judge")
+    reward = rewards.from_checkpoint(judge), rewards.from_checkpoint("runs/to-come", name="later")
+    run = presets.ppo_huang2024(model=str(tmp_path / "policy"), data="none.jsonl", reward=reward, critic=judge, batch=8)
+    made = programs.programs(run, program.make_mesh(run), planning.describe(run.model))
+    split, norms = weights(SMALL)
+    no_output = split - SMALL["vocab_size"] * SMALL["hidden_size"]
+    held = {name: estimate.on_device(tree) for name, tree in made.held.items()}
+    assert held["policy"] == held["reference"] == 4 * (split // 8 + norms)
+    head = 4 * (SMALL["hidden_size"] + 1)
+    assert held["reward judge"] == 4 * (no_output // 8 + norms) + head
+    assert held["critic"] == held["policy"] + head  # it reads with the policy's embedding and has its output matrix
+    assert "the reward later is left out" in " ".join(made.notes)
+    assert [one.name for one in made.programs] == ["sampler", "notes (reference, values)", "update"]
+
+
 def test_memory_at_hand_is_what_a_run_is_told(story, tmp_path):
     run = KINDS["sft"](**story)
     found = planning.plan(run, planning.machine(None))
@@ -277,26 +298,29 @@ def test_memory_at_hand_is_what_a_run_is_told(story, tmp_path):
     assert held == pytest.approx(costs.parameter_bytes(module), rel=1e-3)
 
 
-def test_the_target_decides_not_the_host(tmp_path):
-    """bfloat16 products and stacked layers for a TPU, planned on a CPU."""
+def test_the_target_decides_not_the_host(tmp_path, monkeypatch):
+    """bfloat16 products, and layers that stay stacked while the sampler runs: for a TPU, planned on a CPU."""
     pytest.importorskip("libtpu")
     write(tmp_path, SMALL, "")
     run = presets.grpo(
         model=str(tmp_path), data="none.jsonl", reward=len, batch=8, group=2, max_prompt=64, max_completion=64
     )
-    mesh = program.make_mesh(run, planning.machine("v5e:2x2").devices)
-    made = programs.programs(run, mesh, planning.describe(run.model))
-    sampler = next(one for one in made.programs if one.name == "sampler")
-    with jax.set_mesh(mesh):
-        there = sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
-    here = program.make_mesh(run)
-    made = programs.programs(run, here, planning.describe(run.model))
-    sampler = next(one for one in made.programs if one.name == "sampler")
-    with jax.set_mesh(here):
-        local = sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
-    assert "bf16[" in there
-    assert "bf16[" not in local
-    assert sampler.loops == {"decode": 63}
+    apart = []
+    monkeypatch.setattr(sampling, "unstack", lambda params: apart.append(sharding.platform()) or unstack(params))
+
+    def traced(devices):
+        mesh = program.make_mesh(run, devices)
+        made = programs.programs(run, mesh, planning.describe(run.model))
+        sampler = next(one for one in made.programs if one.name == "sampler")
+        assert sampler.loops == {"decode": 63}
+        apart.clear()
+        with jax.set_mesh(mesh):
+            return sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
+
+    assert "bf16[" in traced(planning.machine("v5e:2x2").devices)
+    assert apart == []
+    assert "bf16[" not in traced(None)
+    assert set(apart) == {"cpu"}
 
 
 # --- slices, models, searches -----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def show(plan: Plan, console: Console) -> None:
     """What a researcher wants to know before paying."""
     mesh = " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     console.print(
-        f"{plan.model}: {plan.parameters / 1e9:.2f} billion parameters on {plan.machine}, {plan.devices} devices "
+        f"{plan.model}: {parameters(plan.parameters)} parameters on {plan.machine}, {plan.devices} devices "
         f"({plan.chip.kind}), mesh {mesh}, microbatches={plan.microbatches}",
         highlight=False,
         markup=False,
@@ -108,11 +108,15 @@ def _table(title: str, *columns: str) -> Table:
 
 def size(count: float) -> str:
     """Bytes, in the unit that suits them."""
-    unit = next((name for name in ("GiB", "MiB") if count >= 0.01 * UNITS[name]), "KiB")
+    unit = next((name for name in ("GiB", "MiB") if count >= 0.1 * UNITS[name]), "KiB")
     return f"{count / UNITS[unit]:,.2f} {unit}"
 
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+
+
+def parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e8 else f"{count:,}"
 
 
 def quantity(count: float) -> str:
