@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, evidence, offline, online, progress
+from rljax import artefacts, distributed, evidence, hosts, offline, online, progress
 from rljax import plan as planning
 from rljax import report as reports
 
@@ -49,12 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE if wanted else f"rljax: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 0 if argv and wanted else 2
     try:
+        if command in (run, selfcheck):
+            distributed.initialize()
         return command(argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
+        if not isinstance(error, hosts.AgreedError):  # else all processes leave by themselves
+            distributed.end_all(error, 2)
         if os.environ.get("RLJAX_TRACEBACK"):
             raise
         print(f"rljax {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except (Exception, KeyboardInterrupt) as error:
+        distributed.end_all(error, 130 if isinstance(error, KeyboardInterrupt) else 1)
+        raise
 
 
 def run_file(file: str) -> None:
@@ -120,6 +127,7 @@ def plan_run(argv: Sequence[str]) -> int:
         out = Console(width=None if sys.stdout.isatty() else 110)
         planning.show(plans[0], out)
         if options["search"]:
+            out.print()
             planning.ranking(plans, out)
     return 0 if plans[0].fits else 1
 
