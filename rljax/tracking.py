@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import progress
+from rljax import distributed, progress
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
 
@@ -327,17 +327,14 @@ class Stop:
 
     requested: str | None = None
 
-    def agreed(self, step: int, *, every: int = 10) -> str | None:
-        """`requested`, alike on all processes of a multi-host run: they compare notes at steps divisible by `every`."""
-        if jax.process_count() == 1:
-            return self.requested
-        if step % every:
-            return None
-        from jax.experimental import multihost_utils
+    def __init__(self, agreement: Callable[[int, str | None], str | None]):
+        self._agreement = agreement
 
-        number = signal.Signals[self.requested].value if self.requested else 0
-        first = int(np.max(multihost_utils.process_allgather(np.int32(number))))
-        return signal.Signals(first).name if first else None
+    def agreed(self, step: int) -> str | None:
+        """`requested`, alike on all processes after this step; each asks after every step."""
+        found = self._agreement(step, self.requested)
+        self.requested = found or self.requested
+        return found
 
 
 @contextlib.contextmanager
@@ -346,8 +343,11 @@ def graceful_stop() -> Iterator[Stop]:
 
     The handlers of before come back at the end. Python handles signals in the main thread: elsewhere this does nothing.
     """
-    stop = Stop()
+    with distributed.agreement() as agreement:
+        yield from _graceful(Stop(agreement))
 
+
+def _graceful(stop: Stop) -> Iterator[Stop]:
     def handle(number: int, _: Any) -> None:
         name = signal.Signals(number).name
         if stop.requested is not None:
