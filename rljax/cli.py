@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, NoneType
 from typing import Any
 
+import jax
 import tyro
 from rich.console import Console
 
 from rljax import artefacts, distributed, evidence, hosts, offline, online, progress
 from rljax import plan as planning
 from rljax import report as reports
+from rljax.models import resolve
 
 PLAIN = (bool, int, float, str)  # what can be written on a command line
 USAGE = """usage: rljax COMMAND …
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command in (run, selfcheck):
             distributed.initialize()
+            _keep_programs()
         return command(argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
         if not isinstance(error, hosts.AgreedError):  # else all processes leave by themselves
@@ -62,6 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         distributed.end_all(error, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
+
+
+def _keep_programs() -> None:
+    """What is compiled is kept for the next start, in rljax's cache folder or where JAX_COMPILATION_CACHE_DIR says.
+    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(resolve.cache_folder() / "programs"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def run_file(file: str) -> None:

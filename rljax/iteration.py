@@ -108,14 +108,21 @@ def build(
     )
     draw = dataclasses.asdict(settings) | {"max_new_tokens": run.max_completion}
 
+    @jax.named_scope("sample")
     def sample(params: Params, prompts: Tokens, key: Array) -> Rollout:
         here = {"n": run.group, "slots": run.slots, **draw}
         return sampling.generate(model, decoder_params(params), prompts, jax.random.fold_in(key, 0), **here)
 
+    @jax.named_scope("sample_greedy")
     def sample_greedy(params: Params, prompts: Tokens) -> Rollout:
         greedy = draw | {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
         return sampling.generate(model, decoder_params(params), prompts, jax.random.key(0), **greedy)
 
+    @jax.named_scope("annotate")
+    def annotate(params: Params, reference: Params | None, rollout: Rollout) -> Notes:
+        return method.annotate(params, reference, rollout)
+
+    @jax.named_scope("learn")
     def learn(
         learner: Learner, rollout: Rollout, notes: Notes, verdict: Verdict, pretrain: Tokens | None, key: Array
     ) -> tuple[Learner, Metrics, Trace]:
@@ -135,8 +142,8 @@ def build(
         )
         return learner, {**found, **metrics, **updates}, Trace(rollout, verdict, notes, batch)
 
-    whole = functools.partial(_whole, run, method, rewards, sample, sample_greedy, learn)
-    return Iteration(sample, sample_greedy, method.annotate, learn, whole)
+    whole = functools.partial(_whole, run, method, rewards, sample, sample_greedy, annotate, learn)
+    return Iteration(sample, sample_greedy, annotate, learn, whole)
 
 
 def _whole(
@@ -145,6 +152,7 @@ def _whole(
     rewards: Sequence[Reward],
     sample: Callable[..., Rollout],
     sample_greedy: Callable[..., Rollout],
+    annotate: Callable[..., Notes],
     learn: Callable[..., tuple[Learner, Metrics, Trace]],
     learner: Learner,
     reference: Params | None,
@@ -158,14 +166,15 @@ def _whole(
     """
     params = learner.train.params
     rollout = sample(params, prompts, key)
-    total, per_token, said = judge_on_device(rewards, reward_params, rollout.tokens)
+    with jax.named_scope("judge"):
+        total, per_token, said = judge_on_device(rewards, reward_params, rollout.tokens)
     greedy = None
     if method.greedy:
         answers = sample_greedy(params, prompts)
         alone, _, _ = judge_on_device(rewards, reward_params, answers.tokens)
         greedy = greedy_verdict(alone, answers, run.group)
     verdict = Verdict(total=total, parts=said, per_token=per_token, greedy=greedy)
-    notes = method.annotate(params, reference, rollout)
+    notes = annotate(params, reference, rollout)
     finite = jnp.stack([jnp.isfinite(values).all() for values in said.values()]).all()
     learner, metrics, trace = _where(
         finite, lambda learner: learn(learner, rollout, notes, verdict, pretrain, key), learner

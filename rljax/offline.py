@@ -65,7 +65,17 @@ class Unpaired(Run):
     loss: Callable[..., Any] = KTO
 
 
-HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
+HARMLESS = (
+    "keep",
+    "samples",
+    "sample_tokens",
+    "checks",
+    "profile",
+    "wandb",
+    "out",
+    "name",
+    "save_every",
+)  # change no result
 HARMLESS += ("mesh", "microbatches", "remat", "unroll")  # nor do these, but for rounding
 
 
@@ -157,6 +167,7 @@ def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> trac
         total_steps=experiment.steps,
         resumed=resumed,
         shown=HEADLINES[type(experiment)],
+        profile=experiment.profile,
         wandb="rljax" if experiment.wandb else None,
         config=program.describe(experiment),
     )
@@ -220,7 +231,8 @@ def _loop(
     everywhere = experiment.batch / len(hosts.share(experiment.batch, setup.mesh).here)  # over the rows read here
     for index, batch in data.prefetch(setup.task.batch, begin, experiment.steps):
         step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * everywhere
-        state, metrics = setup.update(state, setup.place(batch, state.params))
+        with jax.profiler.StepTraceAnnotation("step", step_num=step):
+            state, metrics = setup.update(state, setup.place(batch, state.params))
         rate = Mean(total=jnp.asarray(setup.schedule(index)), weight=jnp.ones(()))
         tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
 

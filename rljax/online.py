@@ -47,7 +47,7 @@ from rljax.types import Mean, Metrics
 
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
-HARMLESS = ("keep", "samples", "checks", "wandb", "out", "name", "save_every", "evidence")
+HARMLESS = ("keep", "samples", "checks", "profile", "wandb", "out", "name", "save_every", "evidence")
 HARMLESS += ("reward_timeout", "max_rounds", "mesh", "microbatches", "remat", "unroll")  # the last but for rounding
 HEADLINE = "objective/scores"
 
@@ -107,6 +107,7 @@ def _tracker(run: Sampled, folder: pathlib.Path, resumed: int | None) -> trackin
         total_steps=run.steps,
         resumed=resumed,
         shown=HEADLINE,
+        profile=run.profile,
         wandb="rljax" if run.wandb else None,
         config=program.describe(run),
     )
@@ -165,7 +166,8 @@ def _loop(
         measured, owed = None, progress.owed  # owed: the evaluation that an earlier start of the run did not get to
         try:
             if not progress.owed:
-                state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
+                with jax.profiler.StepTraceAnnotation("step", step_num=at + 1):
+                    state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
                 collect.check_on_device(setup.sampler, trace)
                 at, progress = at + 1, advanced
                 tracker.log(at, {**metrics, "learning_rate": _rate(setup, state)}, tokens=_tokens(trace))

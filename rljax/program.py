@@ -62,6 +62,7 @@ class Run:
         None  # (policy, reference params, key) -> Evaluation, before and after training
     )
     checks: bool = True
+    profile: int = 0  # steps to trace once the run has settled, for TensorBoard's Profile tab
     wandb: bool = False
 
 
@@ -80,6 +81,8 @@ def check_settings(run: Run) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
     if not _answered(run) and run.batch % run.microbatches:
         raise ValueError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
+    if run.profile < 0:
+        raise ValueError(f"profile is a number of steps to trace, got {run.profile}")
     if run.learning_rate < 0:
         raise ValueError(f"learning_rate must not be negative, got {run.learning_rate}")
     if run.best_mode not in ("min", "max"):

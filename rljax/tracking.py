@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import distributed, progress
+from rljax import distributed, progress, traces
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
 
@@ -50,6 +50,7 @@ class Tracker:
     resumed: the step of the checkpoint that the run goes on from, None for a fresh start; records after it are dropped.
     shown: the metric that matters, for the progress line. flops_per_token: of the model, forward and backward, for MFU.
     wandb: the name of a Weights & Biases project, or None. config: the experiment, shown there.
+    profile: so many steps are traced, for TensorBoard's Profile tab.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Tracker:
         shown: str | None = None,
         flops_per_token: float | None = None,
         tensorboard: bool = True,
+        profile: int = 0,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
         console: Console | None = None,
@@ -78,6 +80,7 @@ class Tracker:
         self._flops = flops_per_token / (peak * jax.device_count()) if flops_per_token and peak else None
         self.line = progress.Line(total_steps, shown=shown, quiet=not self._writes, console=console, clock=clock)
         self._board, self._wandb, self._files = None, None, {}
+        self._trace = traces.Trace(self.folder / "tensorboard", profile if self._writes else 0)
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in FILES:
@@ -107,6 +110,8 @@ class Tracker:
             self._write_pending()
         if step <= self._last_step:
             raise ValueError(f"Step {step} was logged already: the last one written is {self._last_step}")
+        if self._pending is None and prefix == "" and self._trace.step(named):
+            self.status(f"traced: tensorboard --logdir {self._trace.folder} (Profile)")
         _, before, counted = self._pending or (step, {}, None)
         twice = sorted(({"step"} | set(before)) & set(named))
         if twice:
@@ -172,6 +177,7 @@ class Tracker:
             self._paused += self._clock() - start
 
     def close(self) -> None:
+        self._trace.close()
         self.flush()
         self.line.close()
         for file in self._files.values():

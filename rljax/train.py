@@ -59,8 +59,9 @@ def update_step(
         loss, metrics, grads = _sum_over_microbatches(loss_fn, state.params, batch, microbatches, together)
         scale = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         # Nothing to learn from (no token is trained): momentum and weight decay must not move the weights either.
         params, opt_state = jax.tree.map(
             functools.partial(jnp.where, loss.weight != 0), (params, opt_state), (state.params, state.opt_state)
@@ -175,6 +176,7 @@ def _sum_over_microbatches(
     elif isinstance(jax.eval_shape(loss_fn, params, batch)[0], tuple):
         loss_fn = _divided(loss_fn, _weights(loss_fn, params, pieces, microbatches), share=1.0 / microbatches)
 
+    @jax.named_scope("loss")
     def total(params: Params, piece: Any) -> tuple[Array, tuple[Mean, Metrics]]:
         loss, metrics = loss_fn(params, piece)
         return loss.total, (loss, metrics)

@@ -12,6 +12,7 @@ os.environ.setdefault(
     " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what is tested is compiled from the code as it is
 
 from jaxtyping import install_import_hook
 

@@ -13,7 +13,7 @@ LEVELS = [
     {"__init__", "types"},
     {"ops"},
     {"losses"},
-    {"advantages", "shaping", "filters", "sharding", "metrics", "distributed"},
+    {"advantages", "shaping", "filters", "sharding", "metrics", "distributed", "traces"},
     {"hosts"},
     {"models"},
     {"train", "logprobs", "data"},

@@ -1,0 +1,109 @@
+"""What a start need not do twice, and where its time goes: the cache of programs, the trace of a few steps."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from rljax import offline, online, traces, tracking
+from tests.distributed import cases
+from tests.test_tracking import open_tracker
+
+ROOT = pathlib.Path(__file__).parent.parent
+FILE = """
+from rljax import presets, rewards, train
+
+@rewards.on_device
+def short(tokens):
+    return -tokens.mask.sum(1) / 6
+
+experiment = presets.grpo(
+    model={model!r}, data={data!r}, reward=short, group=2, steps=5, batch=4, max_prompt=32, max_completion=6,
+    eval_rows=2, learning_rate=1e-3, schedule=train.constant, eval_every=5, save_every=5, samples=1, evidence=1,
+    checks=False, out={out!r},
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def starts(stories, tmp_path_factory):
+    """Two runs of one experiment, each in a process of its own: {name: what it said}, and their folder."""
+    folder = tmp_path_factory.mktemp("starts")
+    file = folder / "experiment.py"
+    file.write_text(FILE.format(model=str(stories), data=cases.prompts(folder), out=str(folder)))
+    shared = {**os.environ, "RLJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    shared["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+    shared["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
+    said = {}
+    for name in ("first", "second"):
+        command = [sys.executable, "-m", "rljax", "run", str(file), "--name", name]
+        command += ["--profile", "2"] if name == "second" else []
+        done = subprocess.run(command, env=shared, cwd=folder, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[name] = done.stdout + done.stderr
+    return said, folder
+
+
+def seconds(said: str) -> float:
+    """What the run says that it compiled for."""
+    lines = [line for line in said.splitlines() if line.startswith("compiling") and line.endswith(" s")]
+    return sum(float(line.split()[-2]) for line in lines)
+
+
+@pytest.mark.slow
+def test_the_second_start_compiles_nothing_again(starts):
+    said, folder = starts
+    assert any("whole" in path.name for path in (folder / "cache" / "programs").iterdir())
+    assert seconds(said["second"]) < seconds(said["first"]) / 3
+    noise = [line for line in said["second"].splitlines() if "cpu_aot" in line or "feature" in line]
+    assert noise == []
+
+
+@pytest.mark.slow
+def test_programs_from_the_cache_compute_the_same_bits(starts):
+    _, folder = starts
+    records = [(folder / name / "metrics.jsonl").read_bytes() for name in ("first", "second")]
+    assert records[0] == records[1]
+    assert len(tracking.read_rows(folder / "second" / "metrics.jsonl")) == 6
+
+
+@pytest.mark.slow
+def test_a_profile_shows_the_steps_under_our_names(starts):
+    said, folder = starts
+    (trace,) = (folder / "second" / "tensorboard").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for name in ("sample", "annotate", "judge", "learn", "loss", "optimizer"):
+        assert re.search(rf"[/(]{name}[/)]".encode(), content), name
+    assert content.count(b"step_num") == 1
+    assert "tensorboard --logdir" in said["second"]
+    assert "tensorboard --logdir" not in said["first"]
+    assert list((folder / "first").rglob("*.xplane.pb")) == []
+
+
+@pytest.mark.slow
+def test_a_profile_changes_no_experiment(starts):
+    """A run may be resumed with a profile that it did not have."""
+    _, folder = starts
+    one, other = (json.loads((folder / name / "experiment.json").read_text()) for name in ("first", "second"))
+    assert {key for key in one if one[key] != other[key]} == {"name", "profile"}
+    assert "profile" in offline.HARMLESS
+    assert "profile" in online.HARMLESS
+
+
+def test_the_first_steps_are_not_traced_and_a_short_run_is(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("jax.profiler.start_trace", lambda *_, **__: calls.append("start"))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append("stop"))
+    for steps, expected in ((9, ["start", "stop"]), (4, ["start", "stop"]), (1, [])):
+        calls.clear()
+        with open_tracker(tmp_path / str(steps), profile=3) as tracker:
+            for step in range(1, steps + 1):
+                tracker.log(step, {"loss": jnp.float32(step)})
+                tracker.log(step, {"loss": jnp.float32(step)}, prefix="eval/")
+                assert calls == ["start", "stop"][: (step >= traces.SETTLED) + (step >= traces.SETTLED + 3)]
+        assert calls == expected
