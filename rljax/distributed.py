@@ -183,8 +183,10 @@ def end_all(error: BaseException, status: int) -> None:
         return
     me, client = global_state.process_id, _client()
     if _is_of_the_connection(error):
-        print(f"rljax: process {me} was cut off ({_line(error)}); which was lost?", file=sys.stderr, flush=True)
-        _wait_for(FAILED, timeout() + FAREWELL)  # the service ends this process as soon as it knows who is gone
+        _wait_for(FAILED, 4 * POLL)  # one that failed has said so before it left
+        if _failure() is None:
+            print(f"rljax: process {me} was cut off ({_line(error)}); which was lost?", file=sys.stderr, flush=True)
+            _wait_for(FAILED, timeout() + FAREWELL)  # the service ends this process as soon as it knows who is gone
     else:
         told = {"process": me, "status": status, "error": _line(error)}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was faster

@@ -126,7 +126,11 @@ def whole(tree: Any) -> Any:
     """Arrays -> all of each on every process, in numpy."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(_gathered, tree)
+    leaves, shape = jax.tree.flatten(tree)
+    apart = [i for i, x in enumerate(leaves) if not _known(x)]
+    for i, x in zip(apart, _copied([leaves[i] for i in apart]), strict=True):
+        leaves[i] = x.addressable_data(0)
+    return shape.unflatten([np.asarray(x) for x in leaves])
 
 
 def mesh_of(tree: Any) -> Mesh | None:
@@ -139,7 +143,7 @@ def first(tree: Any, rows: int) -> Any:
     """The first rows of arrays, on every process, in numpy."""
     if jax.process_count() == 1:
         return jax.tree.map(lambda x: x[:rows], jax.device_get(tree))
-    return whole(jax.tree.map(lambda x: x[:rows], tree))
+    return whole(_cut(tree, rows))
 
 
 def _spread(x: Any, place: NamedSharding) -> jax.Array:
@@ -155,12 +159,26 @@ def _held(rows: NamedSharding, x: Any) -> np.ndarray:
     return np.concatenate([np.asarray(pieces[first]) for first in sorted(pieces)])
 
 
-def _gathered(x: Any) -> np.ndarray:
-    known = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x if known else multihost_utils.process_allgather(x, tiled=True))
+def _known(x: Any) -> bool:
+    """Whether this process has all of it."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
 
 
-def _same(x: jax.Array) -> jax.Array:
+def _copied(arrays: list[jax.Array]) -> list[jax.Array]:
+    """The arrays, of one mesh, with a copy on each of its devices: one program, however many there are."""
+    if not arrays:
+        return []
+    place = arrays[0].sharding
+    assert isinstance(place, NamedSharding), place
+    return jax.jit(_same, out_shardings=NamedSharding(place.mesh, P()))(arrays)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(tree: Any, rows: int) -> Any:
+    return jax.tree.map(lambda x: x[:rows], tree)
+
+
+def _same(x: Any) -> Any:
     return x
 
 

@@ -65,18 +65,8 @@ class Unpaired(Run):
     loss: Callable[..., Any] = KTO
 
 
-HARMLESS = (
-    "keep",
-    "samples",
-    "sample_tokens",
-    "checks",
-    "profile",
-    "wandb",
-    "out",
-    "name",
-    "save_every",
-)  # change no result
-HARMLESS += ("mesh", "microbatches", "remat", "unroll")  # nor do these, but for rounding
+HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
+HARMLESS += ("profile", "mesh", "microbatches", "remat", "unroll")  # nor do these, but for rounding
 
 
 class Setup(NamedTuple):

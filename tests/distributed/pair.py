@@ -1,5 +1,6 @@
 """Really start several JAX processes on this machine, and end them all: what they said is shown where one fails."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -54,7 +55,13 @@ def wait(running: Sequence[subprocess.Popen], seconds: float) -> list[int | None
     try:
         while any(process.poll() is None for process in running) and time.monotonic() < deadline:
             time.sleep(0.05)
-        return [process.poll() for process in running]
+        found = [process.poll() for process in running]
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)  # faulthandler says where it was
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(5)
+        return found
     finally:
         end(running)
 

@@ -3,21 +3,19 @@
 Each call has to end with its status.
 """
 
+import faulthandler
 import json
-import os
 import sys
 
 import jax
 
-from rljax import cli
+from rljax import cli, distributed
 
 
 def connect() -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    faulthandler.enable()  # where it was, if it is ended at a deadline
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    names = ("RLJAX_COORDINATOR", "RLJAX_PROCESSES", "RLJAX_PROCESS_ID")
-    address, count, number = (os.environ[name] for name in names)
-    jax.distributed.initialize(coordinator_address=address, num_processes=int(count), process_id=int(number))
+    distributed.initialize()
 
 
 def main() -> None:

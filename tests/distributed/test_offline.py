@@ -6,11 +6,10 @@ import pytest
 from rljax import tracking
 from tests.distributed import pair, same
 
-MESHES = {  # 2 processes × 4 devices; tensor=8 and context=8 give both of them all rows
-    "sft": {"data": 8},
+MESHES = {  # 2 processes × 4 devices; context=8 gives both of them all rows
+    "sft": {"fsdp": 8},
     "reward": {"fsdp": 4, "context": 2},
-    "dpo": {"data": 2, "fsdp": 2, "tensor": 2},
-    "dpo_fresh": {"tensor": 8},
+    "dpo_fresh": {"data": 2, "fsdp": 2, "tensor": 2},
     "kto": {"context": 8},
 }
 
