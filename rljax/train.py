@@ -141,8 +141,8 @@ def _minibatch(batch: Any, minibatches: int, together: int, key: Array, epoch: A
             return x
         if x.shape[0] % (minibatches * together):
             raise ValueError(
-                f"{x.shape[0]} rows, {together} of them together, cannot be cut into minibatches={minibatches} equal "
-                "parts"
+                f"{x.shape[0]} rows cannot be cut into minibatches={minibatches} equal parts"
+                + (f" with {together} neighbours together" if together > 1 else "")
             )
         size, units = x.shape[0] // minibatches // together, x.shape[0] // together
         chosen = jax.lax.dynamic_slice_in_dim(jax.random.permutation(order, units), index * size, size)

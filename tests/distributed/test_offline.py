@@ -39,7 +39,7 @@ def test_two_processes_find_what_one_finds(runs, name):
 def test_only_the_first_process_speaks_and_writes(runs):
     _, folder, _ = runs
     second = (folder / "said" / "said.1").read_text().splitlines()
-    assert [line for line in second if line.strip() and "Gloo" not in line] == []
+    assert [line for line in second if line.strip() and "Gloo" not in line and "peer ranks" not in line] == []
     for name in MESHES:
         assert len(list((folder / "two" / name / "tensorboard").iterdir())) == 1
         steps = [row["step"] for row in tracking.read_rows(folder / "two" / name / "metrics.jsonl")]
