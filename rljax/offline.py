@@ -133,7 +133,7 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
         start = program.load_policy(experiment, mesh)
     rows = program.read_rows(experiment, start, folder, tracker)
     here = hosts.share(experiment.batch, mesh).here
-    task = tasks.shared(_task(experiment, start, rows, mesh, tracker), here)
+    task = tasks.part_of(_task(experiment, start, rows, mesh, tracker), here)
     optimizer, schedule = program.make_optimizer(experiment)
     state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
 

@@ -39,7 +39,7 @@ class Split(NamedTuple):
 Rows = tuple[data.Rows, data.Rows]  # to train on, held out
 
 
-def shared(task: Task, here: np.ndarray) -> Task:
+def part_of(task: Task, here: np.ndarray) -> Task:
     """The task of a process that reads only these places of every batch."""
     batch = dataclasses.replace(task.batch, here=here)
     return task._replace(batch=batch, evals=functools.partial(task.evals, here))

@@ -89,3 +89,16 @@ def test_least_seconds_of_a_step_by_hand(monkeypatch):
     shared_prompts = 2 * 4 * (64 * layers + head)  # a group's prompt is read once
     learn = 4 * (forward + 2 * 16 * 64 * head)  # reference forward, policy forward and backward
     assert grpo == pytest.approx(63 * 2 * 16 * (layers + head) + shared_prompts + learn)
+
+
+@pytest.mark.slow
+def test_shared_prompts_are_measured_against_plain_rows():
+    command = [sys.executable, FOLDER / "shared.py", "--shape", "toy", "--own", "8", "--prompts", "16", "--group", "4"]
+    env = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run([*command, "--rounds", "2"], env=env, capture_output=True, text=True, timeout=300, check=True)
+    figures = {figure["update"]: figure for figure in map(json.loads, done.stdout.splitlines())}
+    assert figures["pairs"]["tokens"] == pytest.approx((16 + 2 * 8) / (2 * 24), rel=1e-3)
+    assert figures["group"]["tokens"] == pytest.approx((16 + 4 * 8) / (4 * 24), rel=1e-3)
+    for figure in figures.values():
+        assert figure["ratio"] > 0
+        assert 0 < figure["temporary"] < 1  # both were compiled, and the shared one needs less

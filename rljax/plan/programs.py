@@ -32,6 +32,7 @@ from rljax import (
 )
 from rljax.plan.configs import Described, describe
 from rljax.rewards import checkpoints
+from rljax.sampling import REFILL
 from rljax.types import LossFn, Params, PreferenceBatch, Tokens, UnpairedBatch
 
 BEST_OF = 4  # completions that a reward model's `best_of_k_loss` compares, as in 1909.08593: the data have the number
@@ -206,14 +207,12 @@ def _loops(run: settings.Sampled) -> dict[str, float]:
     rows, steps = run.batch * run.group, run.max_completion - 1  # the first token comes from reading the prompt
     if run.slots is None or run.slots >= rows:
         return {"decode": steps}
-    refills = sampler_refills(run)
+    refills = _refills(run)
     return {"refill": refills, "decode": -(-rows // run.slots) * steps / refills}
 
 
-def sampler_refills(run: settings.Sampled) -> int:
+def _refills(run: settings.Sampled) -> int:
     """How often finished slots are given new prompts."""
-    from rljax.sampling import REFILL
-
     assert run.slots is not None
     return -(-run.batch // max(1, run.slots // run.group // REFILL))
 
