@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import groups, iteration, methods, rewards, settings
+from rljax import environments, groups, iteration, methods, rewards, settings
 from tests import tiny
 from tests.test_iteration import KEY, even, prompts, sharp, worth
 
 GRPO = functools.partial(settings.PolicyGradient, model="", data="", reward=len, max_completion=5)
+ASKED = environments.question_answering(rewards.token_f1)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,7 @@ GRPO = functools.partial(settings.PolicyGradient, model="", data="", reward=len,
         ({"minibatches": 2, "microbatches": 2}, 2, (4, 4), 4),
         ({"minibatches": 2, "microbatches": 2}, 4, (4, 1), 4),  # no device has whole groups in a microbatch
         ({"minibatches": 16}, 1, (4, 1), 1),  # minibatches of half a group
+        ({"environment": ASKED}, 1, (1, 1), 4),  # episodes may begin and go on in different ways
     ],
 )
 def test_what_is_shared(changes, shards, expected, together):
