@@ -58,7 +58,9 @@ def main(source: str, folder: pathlib.Path) -> None:
         hf_read.open_safetensors = counted.open
         same = jax.tree.map(lambda a, b: np.array_equal(hosts.whole(a), b), params, expected)
         hf.save(folder / name, model, params, tokenizer=None)
+        part = hosts.share(16, mesh)
         seen[name] = {"read": counted.bytes, "held": held(params), "same": all(jax.tree.leaves(same))}
+        seen[name] |= {"rows": part.here.tolist(), "judged": part.mine.tolist()}
         with checkpoint.Checkpoints(folder / f"orbax_{name}") as checkpoints:
             checkpoints.save(1, params, {"mesh": axes})
     for name in MESHES:  # every checkpoint on the last mesh

@@ -33,6 +33,15 @@ def test_a_process_reads_what_its_devices_hold(written, name):
 
 
 @pytest.mark.parametrize("name", checkpoint_files.MESHES)
+def test_a_process_has_the_rows_of_its_devices(written, name):
+    """Half of them, or all where the tensor axis spans both processes; each row is judged once."""
+    halves = [list(range(8)), list(range(8, 16))]
+    everything = list(range(16))
+    assert [one[name]["rows"] for one in written[1]] == ([everything] * 2 if name == "tensor" else halves)
+    assert [one[name]["judged"] for one in written[1]] == halves
+
+
+@pytest.mark.parametrize("name", checkpoint_files.MESHES)
 def test_what_two_processes_export_is_what_was_loaded(written, name):
     assert contents(written[0] / name) == contents(FOLDER / "llama")
 
