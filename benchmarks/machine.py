@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 PEAK_SIZE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}  # rows of the square product that stands for the machine's peak
@@ -45,15 +45,27 @@ def jax_matmul_peak(dtype: str) -> Callable[[], float]:
     return lambda: 2 * size**3 / best_seconds(lambda: multiply(x).block_until_ready(), 5)
 
 
+def jax_dtype(asked: str = "auto") -> str:
+    """Of the matrix products: the one asked for, or bfloat16 on accelerators and float32 on CPUs."""
+    import jax
+
+    return asked if asked != "auto" else "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def bandwidth() -> Callable[[], float]:
     """A function that measures how many bytes a second can be read from the memory that holds the weights.
 
-    On an accelerator that is the sum of a large array in JAX; on CPUs a dot product in numpy's BLAS, which is closer to
-    what the cores can read than a loop of either library.
+    On an accelerator that is the sum of a large array in JAX or torch; on CPUs a dot product in numpy's BLAS, which is
+    closer to what the cores can read than a loop of either library.
     """
     import numpy as np
 
     size = 64 * 2**20  # elements, 256 MiB: beyond all caches
+    if on_cuda():
+        import torch
+
+        z = torch.ones(size, device="cuda")
+        return lambda: 4 * size / best_seconds(lambda: z.sum().item(), 5)
     if "jax" in sys.modules and sys.modules["jax"].default_backend() != "cpu":
         import jax
 
@@ -65,20 +77,58 @@ def bandwidth() -> Callable[[], float]:
 
 
 def torch_matmul_peak() -> Callable[[], float]:
-    """The same in torch, float32 on the CPU."""
+    """The same in torch: float32 on the CPU, bfloat16 on a GPU."""
     import torch
 
-    size = PEAK_SIZE["cpu"]
+    size = PEAK_SIZE["gpu" if on_cuda() else "cpu"]
     x = torch.randn(size, size)
+    x = x.to("cuda", torch.bfloat16) if on_cuda() else x
     out = torch.empty_like(x)
-    torch.matmul(x, x, out=out)
-    return lambda: 2 * size**3 / best_seconds(lambda: torch.matmul(x, x, out=out), 5)
+
+    def multiply() -> None:
+        torch.matmul(x, x, out=out)
+        synchronize()
+
+    multiply()
+    return lambda: 2 * size**3 / best_seconds(multiply, 5)
+
+
+def on_cuda() -> bool:
+    """Whether this process works with torch on a GPU."""
+    return "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
+
+
+def synchronize() -> None:
+    """Wait for what torch has started on a GPU; JAX is waited for by its arrays."""
+    if on_cuda():
+        sys.modules["torch"].cuda.synchronize()
 
 
 def peak_rss() -> int:
     """Bytes of main memory that this process held at its largest."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_peak() -> dict[str, int]:
+    """{"device_peak_bytes": what the accelerator held at its largest}, where there is one."""
+    if on_cuda():
+        return {"device_peak_bytes": sys.modules["torch"].cuda.max_memory_allocated()}
+    found = (sys.modules["jax"].local_devices()[0].memory_stats() or {}) if "jax" in sys.modules else {}
+    return {"device_peak_bytes": found["peak_bytes_in_use"]} if "peak_bytes_in_use" in found else {}
+
+
+def device() -> str:
+    """What computes: "cpu" or the accelerator's name."""
+    if on_cuda():
+        return sys.modules["torch"].cuda.get_device_name()
+    return sys.modules["jax"].devices()[0].device_kind if "jax" in sys.modules else "cpu"
+
+
+def now() -> tuple[float, float]:
+    """(seconds by the clock, seconds of this process's threads), once all that was started is done."""
+    synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -97,9 +147,11 @@ def description() -> dict[str, Any]:
     }
 
 
-def emit(**figure: Any) -> None:
-    """One figure, one line of JSON, floats to four digits."""
-    print(json.dumps(_rounded(figure)), flush=True)
+def emit(**figure: Any) -> str:
+    """One figure, one line of JSON, floats to four digits: printed and returned."""
+    line = json.dumps(_rounded(figure))
+    print(line, flush=True)
+    return line
 
 
 def _rounded(value: Any) -> Any:
@@ -114,23 +166,56 @@ def _rounded(value: Any) -> Any:
 
 def serve(facts: dict[str, Any], step: Callable[[], Any], **measures: Callable[[], float]) -> None:
     """The worker's side: say `facts`, then for every line on stdin one step and one of each measure of the machine."""
-    print(json.dumps(facts), flush=True)
-    for _ in sys.stdin:
-        start, cpu = time.perf_counter(), time.process_time()
+    turns = Turns(lambda: facts, warm_up=0, **measures)
+    while True:
+        turns.begin()
         step()
-        found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        print(json.dumps(found | {name: measure() for name, measure in measures.items()}), flush=True)
+        turns.end(turns.start, now())
+
+
+class Turns:
+    """`serve` inside a trainer's own loop: a step begins when it is asked for, and ends with what it took.
+
+    facts: asked once, when `warm_up` steps are done. The process ends where no step is asked for any more.
+    """
+
+    def __init__(self, facts: Callable[[], dict[str, Any]], *, warm_up: int = 2, **measures: Callable[[], float]):
+        self.facts, self.warm_up, self.measures = facts, warm_up, measures
+        self.steps, self.start = 0, (0.0, 0.0)
+
+    def begin(self) -> None:
+        if self.steps == self.warm_up:
+            self._say({"device": device(), **self.facts(), **device_peak(), "peak_rss_bytes": peak_rss()})
+        if self.steps >= self.warm_up and not sys.stdin.readline():
+            os._exit(0)  # the trainer around may not be in its main thread
+        self.start = now()
+
+    def end(self, start: tuple[float, float], stop: tuple[float, float]) -> None:
+        """start, stop: of `now`."""
+        self.steps += 1
+        if self.steps > self.warm_up:
+            found = {"seconds": stop[0] - start[0], "cpu_seconds": stop[1] - start[1]}
+            self._say(found | {name: measure() for name, measure in self.measures.items()})
+
+    def _say(self, found: dict[str, Any]) -> None:
+        print("\n" + json.dumps(found), flush=True)
 
 
 class Worker:
     """The other side of `serve`: `facts`, and a list of what each round found."""
 
-    def __init__(self, command: Sequence[str], cores: int | None = None, huge_pages: bool = False):
+    def __init__(self, command: Sequence[str], cores: int | None = None, env: Mapping[str, str] | None = None):
+        self.started = time.perf_counter()
         pinned = ["taskset", "-c", f"0-{cores - 1}", *command] if cores else command
-        env = os.environ | ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if huge_pages else {})
-        self.process = subprocess.Popen(pinned, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            pinned, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | dict(env or {})
+        )
+        self.facts: dict[str, Any] = {}
         self.rounds: list[dict[str, float]] = []
+
+    def get_ready(self) -> None:
         self.facts = self._read()
+        self.facts["ready_seconds"] = time.perf_counter() - self.started  # imports, compiling, the steps before
 
     def round(self) -> None:
         assert self.process.stdin is not None
@@ -144,30 +229,43 @@ class Worker:
     def best(self, key: str) -> float:
         return min(found[key] for found in self.rounds)
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith('{"'):  # what libraries print between is not ours
                 return json.loads(line)
-        raise RuntimeError(f"a benchmark worker ended early: {' '.join(map(str, self.process.args))}")  # pyright: ignore
+        command = " ".join(map(str, self.process.args))  # pyright: ignore[reportArgumentType]
+        raise RuntimeError(f"a benchmark worker ended early (exit status {self.process.wait()}): {command}")
+
+
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @contextlib.contextmanager
-def workers(*commands: Sequence[str], cores: int | None = None, huge_pages: bool = False) -> Iterator[list[Worker]]:
-    """One worker after the other gets ready (compiles); all of them are ended on leaving.
+def worker(command: Sequence[str], cores: int | None = None, env: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """One that is ready (has compiled); it is ended on leaving.
 
-    cores pins them to so many (Linux); huge_pages has glibc ask for large pages, which a process can only do at birth:
-    XLA on CPU maps its temporaries anew at every step, and their page faults are a quarter of a small model's step.
+    cores pins it to so many (Linux). With HUGE_PAGES as `env` glibc asks for large pages, which a process can only do
+    at birth: XLA on CPU maps its temporaries anew at every step, and their page faults are a quarter of a small model's
+    step.
     """
-    started: list[Worker] = []
+    started = Worker(command, cores, env)
     try:
-        for command in commands:
-            started.append(Worker(command, cores, huge_pages))
+        started.get_ready()
         yield started
     finally:
-        for worker in started:
-            worker.process.kill()
-            worker.process.wait()
+        started.end()
+
+
+@contextlib.contextmanager
+def workers(*commands: Sequence[str], cores: int | None = None) -> Iterator[list[Worker]]:
+    """Several, one after the other."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(worker(command, cores)) for command in commands]
 
 
 def take_turns(workers: Sequence[Worker], rounds: int, pause: float = 0.2) -> None:

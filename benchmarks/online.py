@@ -1,9 +1,11 @@
 """Speed and memory of the online half: sampling, PPO's update, whole iterations of PPO and GRPO, one JSON line each.
 
     python benchmarks/online.py --shape tiny
-    python benchmarks/online.py --shape 135M --figure ppo-update --against trl --trl-python PYTHON
+    python benchmarks/online.py --shape 135M --figure ppo-update
 
-A prompt has 64 tokens, a completion 64 more, all of them sampled: nothing stops early. Weights are random, float32.
+A prompt has 64 tokens, a completion 64 more, all of them sampled: nothing stops early. Weights are random; products are
+in float32 on CPUs, in bfloat16 on accelerators, where `generate` has its weights in bfloat16 as well. `compare.py` sets
+these figures against those of other libraries.
 
     generate        one batch of prompts, a completion each, with its log-probabilities
     ppo-update      one update of policy and critic, each a decoder of its own, on a batch of rollouts: rewards, GAE,
@@ -17,8 +19,9 @@ They are the functions of `iteration.build`, compiled as `online.py` compiles th
 roofline_fraction: the least time that the machine could take over the time taken. A decoding step has to read all
 weights once, the embedding as unembedding, and the cache as far as it is filled, at the measured bandwidth, and it has
 to multiply (2 FLOPs a weight and row); the slower of the two counts. Everything else is products at the measured peak:
-2 FLOPs per weight of a layer and token forward, 4 backward, the unembedding at trained tokens only; attention scores
-are not counted. Where weights fit into a cache, decoding can beat the memory's bandwidth.
+2 FLOPs per weight of a layer and token forward, 4 backward, the unembedding at trained tokens only, the prompt of a
+group once, whoever computes it for every completion; attention scores are not counted. Where weights fit into a cache,
+decoding can beat the memory's bandwidth.
 
 Memory: `compiled_bytes` is what the compiler planned, `alias_bytes` of it the state that is updated in place, and
 `temporary_bytes` lives only within a step; `logits_bytes` is what the logits of all tokens would take.
@@ -35,23 +38,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import machine
-from offline import SHAPES
+import shapes
+from shapes import NEW, PROMPT, SHAPES, Sizes, sizes_of, weights
 
-PROMPT, NEW = 64, 64
-FIGURES = ("generate", "ppo-update", "ppo-iteration", "grpo-iteration")
-AGAINST = {"generate": "generate", "ppo-update": "ppo", "ppo-iteration": "ppo", "grpo-iteration": "grpo"}
-
-
-class Sizes(NamedTuple):
-    """Rows of a batch."""
-
-    sampled: int  # of `generate`
-    ppo: int
-    prompts: int  # of GRPO, each answered `group` times
-    group: int
-
-
-SIZES = {"toy": Sizes(4, 4, 2, 2), "tiny": Sizes(16, 16, 4, 4), "135M": Sizes(16, 4, 2, 2)}
+FIGURES = tuple(figure for figure in shapes.FIGURES if figure != "dpo")
 
 
 class Case(NamedTuple):
@@ -62,34 +52,34 @@ class Case(NamedTuple):
 # --- what the machine would take at best ------------------------------------------------------------------------------
 
 
-def weights(shape: Mapping[str, Any]) -> tuple[int, int]:
-    """Weights in products of a token: (of all layers, of the unembedding)."""
-    s = shape
-    attention = 2 * s["hidden_size"] * s["head_dim"] * (s["num_heads"] + s["num_kv_heads"])
-    layers = s["num_layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"])
-    return layers, s["hidden_size"] * s["vocab_size"]
-
-
-def decode_work(shape: Mapping[str, Any], rows: int, prompts: int) -> tuple[float, float, float]:
-    """(bytes that a decoding step reads on average, FLOPs of it, FLOPs of reading the prompts)."""
+def decode_work(shape: Mapping[str, Any], rows: int, prompts: int, width: int) -> tuple[float, float, float]:
+    """(bytes that a decoding step reads on average, FLOPs of it, FLOPs of reading the prompts); numbers of `width`."""
     layers, head = weights(shape)
     slot = 2 * shape["num_layers"] * shape["num_kv_heads"] * shape["head_dim"]
-    read = 4.0 * (layers + head + rows * slot * (PROMPT + NEW / 2))
+    read = float(width) * (layers + head + rows * slot * (PROMPT + NEW / 2))
     return read, 2.0 * rows * (layers + head), 2.0 * (prompts * PROMPT * layers + prompts * head)
 
 
-def forward_flops(shape: Mapping[str, Any], rows: int, *, head: bool = True) -> float:
-    """One pass over `rows` rows, with log-probabilities of their completions or without."""
+def forward_flops(shape: Mapping[str, Any], rows: int, prompts: int, *, head: bool = True) -> float:
+    """One pass over `rows` completions of `prompts` prompts, with log-probabilities of the completions or without."""
     layers, unembed = weights(shape)
-    return 2.0 * rows * (layers * (PROMPT + NEW) + (unembed * NEW if head else 0))
+    return 2.0 * (layers * (prompts * PROMPT + rows * NEW) + (unembed * rows * NEW if head else 0))
 
 
-def least_seconds(shape: Mapping[str, Any], figure: str, sizes: Sizes, peak: float, bandwidth: float) -> float:
-    """See the module's docstring."""
-    rows = {"generate": sizes.sampled, "grpo-iteration": sizes.prompts * sizes.group}.get(figure, sizes.ppo)
-    read, flops, prefill = decode_work(shape, rows, sizes.prompts if figure == "grpo-iteration" else rows)
+def rows_of(figure: str, sizes: Sizes) -> int:
+    """Completions of a step."""
+    return {"generate": sizes.sampled, "grpo-iteration": sizes.prompts * sizes.group}.get(figure, sizes.ppo)
+
+
+def least_seconds(
+    shape: Mapping[str, Any], figure: str, sizes: Sizes, peak: float, bandwidth: float, width: int = 4
+) -> float:
+    """See the module's docstring. width: bytes of a number that is multiplied."""
+    rows = rows_of(figure, sizes)
+    prompts = sizes.prompts if figure == "grpo-iteration" else rows
+    read, flops, prefill = decode_work(shape, rows, prompts, width)
     decode = (NEW - 1) * max(read / bandwidth, flops / peak) + prefill / peak  # the prompt gives the first token
-    actor, critic = forward_flops(shape, rows), forward_flops(shape, rows, head=False)
+    actor, critic = forward_flops(shape, rows, prompts), forward_flops(shape, rows, prompts, head=False)
     learn = {
         "generate": 0.0,
         "ppo-update": 3 * (actor + critic),
@@ -106,33 +96,33 @@ def prepare(options: argparse.Namespace) -> Case:
     """Models, state and compiled functions of one figure, warmed up."""
     import jax
 
-    from rljax import iteration, methods, models, program, rewards, settings
+    from rljax import groups, iteration, methods, models, program, rewards, settings
 
-    sizes, accelerated = SIZES[options.shape], jax.default_backend() != "cpu"
-    shape = SHAPES[options.shape]
-    how = {
-        "compute_dtype": "bfloat16" if accelerated else "float32",
-        "remat": options.remat,
-        "unroll": options.unroll or shape["num_layers"],
-    }
+    sizes, shape = sizes_of(options.shape, options.scale), SHAPES[options.shape]
+    how = {"compute_dtype": machine.jax_dtype(), "remat": options.remat, "unroll": options.unroll}
+    how["unroll"] = options.unroll or shape["num_layers"]
     policy = models.build(models.ModelConfig(**shape, max_positions=2048, **how))
-    params = policy.init(jax.random.key(0))
+    dtype = machine.jax_dtype() if options.figure == "generate" else "float32"
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), policy.init(key)))(jax.random.key(0))
     run = experiment(options, sizes)
     drawn = settings.sampling(run, stop_ids=())
-    if options.figure == "grpo-iteration":
-        method = methods.policy_gradient(run, policy, params, drawn)
-    else:
+    if isinstance(run, settings.PPO):
         critic = jax.jit(models.reward_model(policy).init)(jax.random.key(1))
         method = methods.ppo(run, policy, params, (policy, critic), drawn)
+    else:
+        method = methods.policy_gradient(run, policy, params, drawn, groups.shares(run, shards=1))
     optimizer, _ = program.make_optimizer(run)
     mesh = program.make_mesh(run)
-    asked = rewards.as_rewards(run.reward)
-    parts = iteration.build(run, policy, method, optimizer, asked, settings=drawn)
+    parts = iteration.build(run, policy, method, optimizer, rewards.as_rewards(run.reward), settings=drawn)
     with jax.set_mesh(mesh):
-        learner, shardings = program.place_state(iteration.init_learner(method.params, optimizer), models.RULES, mesh)
         prompts = random_prompts(run.batch, shape["vocab_size"])
-        ready = {"generate": _generate, "ppo-update": _update}.get(options.figure, _iteration)
-        step, compiled, seconds = ready(run, parts, learner, shardings, params, prompts)
+        if options.figure == "generate":
+            step, compiled, seconds = _generate(parts, params, prompts)
+        else:
+            learner = iteration.init_learner(method.params, optimizer)
+            learner, shardings = program.place_state(learner, models.RULES, mesh)
+            ready = _update if options.figure == "ppo-update" else _iteration
+            step, compiled, seconds = ready(run, parts, learner, shardings, params, prompts)
         for _ in range(options.warm_up):
             step()
     return Case(step, {"compile_seconds": seconds, **_memory(compiled)})
@@ -154,7 +144,9 @@ def experiment(options: argparse.Namespace, sizes: Sizes) -> Any:
     }
     if options.figure == "grpo-iteration":
         return presets.grpo(**common, batch=sizes.prompts, group=sizes.group)
-    return settings.PPO(**common, batch=sizes.sampled if options.figure == "generate" else sizes.ppo)
+    if options.figure == "generate":  # of any run: sampling does not depend on what is learned from it
+        return settings.PolicyGradient(**common, batch=sizes.sampled, group=1)
+    return settings.PPO(**common, batch=sizes.ppo)
 
 
 def even_tokens() -> Any:
@@ -192,11 +184,9 @@ def _compile(fn: Any, *args: Any, **how: Any) -> tuple[Any, float]:
     return jax.jit(fn, **how).lower(*args).compile(), time.perf_counter() - start
 
 
-def _generate(run: Any, parts: Any, learner: Any, shardings: Any, reference: Any, prompts: Any) -> tuple:
+def _generate(parts: Any, params: Any, prompts: Any) -> tuple:
     import jax
 
-    del run, shardings, reference
-    params = {"policy": learner.train.params["policy"]}
     sample, seconds = _compile(parts.sample, params, prompts, jax.random.key(0))
     count = 0
 
@@ -288,40 +278,31 @@ def _iteration_in_parts(run: Any, parts: Any, learner: Any, shardings: Any, refe
 
 
 def _memory(compiled: Any) -> dict[str, Any]:
-    import jax
-
     plan = compiled.memory_analysis()
     total = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes
-    found = {
+    return {
         "compiled_bytes": total - plan.alias_size_in_bytes,
         "alias_bytes": plan.alias_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,
     }
-    device = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in device:
-        found["device_peak_bytes"] = device["peak_bytes_in_use"]
-    return {**found, "peak_rss_bytes": machine.peak_rss()}
 
 
 def work(options: argparse.Namespace) -> None:
     """One figure in this process, step by step as `main` asks."""
-    import jax
-
-    case = prepare(options)
-    facts = {"versions": machine.versions("jax", "jaxlib", "flax", "optax"), **case.facts}
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    case, dtype = prepare(options), machine.jax_dtype()
+    facts = {"versions": machine.versions("jax", "jaxlib", "flax", "optax"), "dtype": dtype, **case.facts}
     machine.serve(facts, case.step, peak=machine.jax_matmul_peak(dtype), bandwidth=machine.bandwidth())
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def figures(options: argparse.Namespace, worker: machine.Worker) -> dict[str, Any]:
-    """What one worker measured."""
-    shape, sizes, seconds = SHAPES[options.shape], SIZES[options.shape], worker.median("seconds")
-    rows = {"generate": sizes.sampled, "grpo-iteration": sizes.prompts * sizes.group}.get(options.figure, sizes.ppo)
+def figures(name: str, figure: str, sizes: Sizes, worker: machine.Worker) -> dict[str, Any]:
+    """What one worker measured. name: of the shape."""
+    shape, rows, seconds = SHAPES[name], rows_of(figure, sizes), worker.median("seconds")
     peak, bandwidth = worker.median("peak"), worker.median("bandwidth")
-    tokens = rows * (NEW if options.figure == "generate" else PROMPT + NEW)
+    width = 4 if worker.facts["dtype"] == "float32" else 2
+    tokens = rows * (NEW if figure == "generate" else PROMPT + NEW)
     return {
         "seconds": seconds,
         "seconds_best": worker.best("seconds"),
@@ -329,7 +310,7 @@ def figures(options: argparse.Namespace, worker: machine.Worker) -> dict[str, An
         "rounds": len(worker.rounds),
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_best": tokens / worker.best("seconds"),
-        "roofline_fraction": least_seconds(shape, options.figure, sizes, peak, bandwidth) / seconds,
+        "roofline_fraction": least_seconds(shape, figure, sizes, peak, bandwidth, width) / seconds,
         "matmul_peak": peak,
         "bandwidth": bandwidth,
         "logits_bytes": 4 * rows * (PROMPT + NEW) * shape["vocab_size"],
@@ -337,35 +318,30 @@ def figures(options: argparse.Namespace, worker: machine.Worker) -> dict[str, An
     }
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Print one figure, and with `--against trl` TRL's and the ratio of the two."""
-    sizes = SIZES[options.shape]._asdict()
-    label = {"shape": options.shape, "figure": options.figure, "sizes": sizes}
-    case = ["--shape", options.shape, "--figure", options.figure]
-    how = ["--remat", options.remat, "--unroll", str(options.unroll), "--reward", options.reward]
-    commands = [[sys.executable, __file__, *case, *how, "--worker"]]
-    if options.against == "trl":
-        commands.append([options.trl_python, __file__.replace("online.py", "trl_online.py"), *case])
-    with machine.workers(*commands, cores=options.cores, huge_pages=options.huge_pages) as started:
-        machine.take_turns(started, options.rounds)
-        ours, *theirs = started
-        settings = {
-            "remat": options.remat,
-            "unroll": options.unroll or "all",
-            "reward": options.reward,
-            "cores": options.cores or os.cpu_count(),
-            "huge_pages": options.huge_pages,
-        }
-        machine.emit(library="rljax", **label, **settings, **figures(options, ours), **machine.description())
-        for other in theirs:
-            machine.emit(library="trl", **label, **figures(options, other), **machine.description())
-            machine.emit(ratio="rljax / trl, seconds", **label, **machine.ratios(ours, other))
+def measure(options: argparse.Namespace, figure: str) -> None:
+    """Print one figure."""
+    sizes = sizes_of(options.shape, options.scale)
+    case = ["--shape", options.shape, "--scale", str(options.scale), "--figure", figure, "--reward", options.reward]
+    how = ["--remat", options.remat, "--unroll", str(options.unroll), "--warm-up", str(options.warm_up), "--worker"]
+    settings = {"remat": options.remat, "unroll": options.unroll or "all", "reward": options.reward}
+    env = machine.HUGE_PAGES if options.huge_pages else None
+    with machine.worker([sys.executable, __file__, *case, *how], options.cores, env) as ours:
+        machine.take_turns([ours], options.rounds)
+        machine.emit(
+            library="rljax",
+            **{"shape": options.shape, "figure": figure, "sizes": sizes._asdict(), **settings},
+            cores=options.cores or os.cpu_count(),
+            huge_pages=options.huge_pages,
+            **figures(options.shape, figure, sizes, ours),
+            **machine.description(),
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--figure", choices=(*FIGURES, "all"), default="all")
+    parser.add_argument("--scale", type=int, default=1, help="that many times the batch of `shapes.py`")
     parser.add_argument("--rounds", type=int, default=9, help="steps measured, one per round")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
     parser.add_argument("--unroll", type=int, default=1, help="layers per step of the scan over layers; 0: all")
@@ -374,8 +350,6 @@ def main() -> None:
     parser.add_argument(
         "--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the workers"
     )
-    parser.add_argument("--against", choices=("trl",), help="take turns with TRL")
-    parser.add_argument("--trl-python", default="python", help="an interpreter that has torch and trl (1.12 for PPO)")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the first that is measured")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -383,7 +357,7 @@ def main() -> None:
         work(options)
         return
     for figure in FIGURES if options.figure == "all" else (options.figure,):
-        measure(argparse.Namespace(**{**vars(options), "figure": figure}))
+        measure(options, figure)
 
 
 if __name__ == "__main__":

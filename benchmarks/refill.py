@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import machine
-from offline import SHAPES
+from shapes import SHAPES
 
 SIDES = ("plain", "slots")
 

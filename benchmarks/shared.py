@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 import machine
-from offline import SHAPES
+from shapes import SHAPES
 
 
 def batches(options: argparse.Namespace, prompt: int, vocab: int) -> dict[str, Any]:

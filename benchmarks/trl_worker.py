@@ -1,9 +1,14 @@
-"""TRL's generation, PPO and GRPO, for comparison: its own trainers on Llamas of the same shape of random weights,
-float32 on CPU, gradient checkpointing and mixed precision off. Run by `online.py --against trl --trl-python PYTHON`,
-where PYTHON has torch and trl 1.12 (the last with PPO); it speaks the protocol of `machine.serve`.
+"""TRL's side of `compare.py`: its own trainers on Llamas of the same shape of random weights.
+
+Float32 on CPU; on a GPU bfloat16 as TRL does it: weights and optimizer in float32 under autocast, and for `generate` a
+model in bfloat16. Gradient checkpointing is off. Run by `compare.py --trl-python PYTHON`, where PYTHON has torch and
+trl 1.12 (the last with PPO); it speaks the protocol of `machine.serve`. Written for a GPU too, but so far run on CPUs
+only.
 
 What is compared:
 
+    dpo             one step of DPOTrainer.train: collator, chosen and rejected in one forward pass, the reference model
+                    in every step, metrics, clipped AdamW
     generate        `model.generate` as GRPOTrainer calls it, which returns tokens only. (PPOTrainer's generation also
                     keeps all logits; ours returns the sampled tokens' log-probabilities.)
     ppo-update      the update inside PPOTrainer.train, from its first forward pass of policy and critic until the
@@ -20,19 +25,16 @@ No completion ends early: the end token has a number that the model does not kno
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
-import sys
 import tempfile
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import machine
 import torch
 from datasets import Dataset
-from offline import SHAPES
-from online import FIGURES, NEW, PROMPT, SIZES
+from machine import Turns, now
+from shapes import FIGURES, NEW, PROMPT, SHAPES, Sizes, sizes_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -42,60 +44,50 @@ from transformers import (
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
-WARM_UP, STEPS = 2, 1000
+STEPS = 100_000
+GPU = torch.cuda.is_available()
 COMMON: dict[str, Any] = {
     "gradient_checkpointing": False,
-    "bf16": False,
-    "use_cpu": True,
+    "bf16": GPU,
+    "use_cpu": not GPU,
     "report_to": "none",
     "save_strategy": "no",
     "disable_tqdm": True,
     "logging_steps": 10**6,
     "learning_rate": 1e-6,
-    "temperature": 1.0,
 }
 
 
-class Turns:
-    """The worker's side of `machine.serve` inside a trainer's own loop: lets it take a step when asked to."""
+def facts() -> dict[str, Any]:
+    names = ("torch", "transformers", "trl")
+    return {"versions": machine.versions(*names), "dtype": "bfloat16" if GPU else "float32"}
+
+
+def turns() -> Turns:
+    return Turns(facts, peak=machine.torch_matmul_peak(), bandwidth=machine.bandwidth())
+
+
+class Steps(TrainerCallback):
+    """Each step of a trainer is a turn."""
 
     def __init__(self):
-        self.measures = {"peak": machine.torch_matmul_peak(), "bandwidth": machine.bandwidth()}
-        self.steps = 0
-        self.start = (0.0, 0.0)
+        self.turns = turns()
 
-    def begin(self) -> None:
-        if self.steps == WARM_UP:
-            names = ("torch", "transformers", "trl")
-            say({"versions": machine.versions(*names), "peak_rss_bytes": machine.peak_rss()})
-        if self.steps >= WARM_UP and not sys.stdin.readline():
-            sys.exit()
-        self.start = now()
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.turns.begin()
 
-    def end(self, start: tuple[float, float], stop: tuple[float, float]) -> None:
-        self.steps += 1
-        if self.steps > WARM_UP:
-            found = {"seconds": stop[0] - start[0], "cpu_seconds": stop[1] - start[1]}
-            say(found | {name: measure() for name, measure in self.measures.items()})
-
-
-def now() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
-
-
-def say(found: dict) -> None:
-    print("\n" + json.dumps(found), flush=True)
+    def on_step_end(self, args, state, control, **kwargs):
+        self.turns.end(self.turns.start, now())
 
 
 def config(shape: str, **more: Any) -> LlamaConfig:
     named = {k.replace("num_layers", "num_hidden_layers"): v for k, v in SHAPES[shape].items()}
     named["num_attention_heads"] = named.pop("num_heads")
     named["num_key_value_heads"] = named.pop("num_kv_heads")
-    return LlamaConfig(
-        **named, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None, **more
-    )
+    named["tie_word_embeddings"] = named.pop("tied")
+    return LlamaConfig(**named, max_position_embeddings=2048, eos_token_id=None, bos_token_id=None, **more)
 
 
 def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
@@ -110,18 +102,43 @@ def prompts(rows: int, vocab: int) -> torch.Tensor:
     return torch.randint(0, vocab, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
-def generate(shape: str) -> None:
+def dpo(shape: str, sizes: Sizes) -> None:
+    """Pairs of exactly PROMPT and NEW tokens: TRL ends a response with <eos>, here an ordinary token."""
+    llama = config(shape)
+    ids = torch.randint(0, llama.vocab_size - 1, (4 * sizes.pairs, PROMPT + 2 * NEW)).tolist()
+    rows = [[f" w{i}" for i in row] for row in ids]
+    parts = {"prompt": slice(0, PROMPT), "chosen": slice(PROMPT, PROMPT + NEW - 1), "rejected": slice(1 - NEW, None)}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=sizes.pairs,
+            max_steps=STEPS,
+            max_length=PROMPT + NEW,
+            **COMMON,
+        )
+        DPOTrainer(
+            model=LlamaForCausalLM(llama),
+            ref_model=LlamaForCausalLM(llama),
+            args=settings,
+            train_dataset=Dataset.from_dict({k: ["".join(row[part]) for row in rows] for k, part in parts.items()}),
+            processing_class=tokenizer(llama.vocab_size - 1),
+            callbacks=[Steps()],
+        ).train()
+
+
+def generate(shape: str, sizes: Sizes) -> None:
     model = LlamaForCausalLM(config(shape))
-    ids = prompts(SIZES[shape].sampled, model.config.vocab_size)
+    model = model.to("cuda", torch.bfloat16) if GPU else model
+    ids = prompts(sizes.sampled, model.config.vocab_size).to(model.device)
     settings = GenerationConfig(
         max_new_tokens=NEW, do_sample=True, temperature=1.0, top_p=1.0, top_k=0, disable_compile=True
     )
-    turns = Turns()
-    for _ in range(WARM_UP + STEPS):
-        turns.begin()
+    turn = turns()
+    while True:
+        turn.begin()
         with torch.no_grad():
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        turns.end(turns.start, now())
+        turn.end(turn.start, now())
         assert out.shape == (len(ids), PROMPT + NEW)
 
 
@@ -138,20 +155,20 @@ class Free(torch.nn.Module):
         return (hidden % 2 == 0).float()
 
 
-def ppo(shape: str, update_only: bool) -> None:
+def ppo(shape: str, sizes: Sizes, update_only: bool) -> None:
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-    rows, llama = SIZES[shape].ppo, config(shape)
-    turns, moments = Turns(), {}
+    rows, llama = sizes.ppo, config(shape)
+    turn, moments = turns(), {}
 
     class Iterations(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
-            turns.begin()
+            turn.begin()
 
         def on_step_end(self, args, state, control, **kwargs):
-            turns.end(moments.pop("first pass"), moments["stepped"]) if update_only else turns.end(turns.start, now())
+            turn.end(moments.pop("first pass"), moments["stepped"]) if update_only else turn.end(turn.start, now())
             moments.clear()
-            turns.begin()
+            turn.begin()
 
     forward = ppo_trainer.forward
 
@@ -166,11 +183,12 @@ def ppo(shape: str, update_only: bool) -> None:
         settings = PPOConfig(
             output_dir=folder,
             per_device_train_batch_size=rows,
-            total_episodes=rows * (WARM_UP + STEPS),
+            total_episodes=rows * STEPS,
             num_mini_batches=1,
             num_ppo_epochs=1,
             num_sample_generations=0,
             response_length=NEW,
+            temperature=1.0,
             **COMMON,
         )
         trainer = PPOTrainer(
@@ -193,15 +211,8 @@ def ppo(shape: str, update_only: bool) -> None:
         trainer.train()
 
 
-def grpo(shape: str) -> None:
-    sizes, llama, turns = SIZES[shape], config(shape), Turns()
-
-    class Steps(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            turns.begin()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            turns.end(turns.start, now())
+def grpo(shape: str, sizes: Sizes) -> None:
+    llama = config(shape)
 
     def even(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [sum(token % 2 == 0 for token in row) / len(row) for row in completion_ids]
@@ -216,9 +227,10 @@ def grpo(shape: str) -> None:
             num_generations=sizes.group,
             steps_per_generation=1,
             max_completion_length=NEW,
-            max_steps=WARM_UP + STEPS,
+            max_steps=STEPS,
             beta=0.04,
             loss_type="grpo",
+            temperature=1.0,
             model_init_kwargs={"dtype": "float32"},
             **COMMON,
         )
@@ -236,13 +248,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--figure", choices=FIGURES, required=True)
+    parser.add_argument("--scale", type=int, default=1)
     options = parser.parse_args()
-    if options.figure == "generate":
-        generate(options.shape)
-    elif options.figure == "grpo-iteration":
-        grpo(options.shape)
+    case = options.shape, sizes_of(options.shape, options.scale)
+    torch.manual_seed(0)
+    if options.figure.startswith("ppo"):
+        ppo(*case, update_only=options.figure == "ppo-update")
     else:
-        ppo(options.shape, update_only=options.figure == "ppo-update")
+        {"dpo": dpo, "generate": generate, "grpo-iteration": grpo}[options.figure](*case)
 
 
 if __name__ == "__main__":
