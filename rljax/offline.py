@@ -66,7 +66,7 @@ class Unpaired(Run):
 
 
 HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
-HARMLESS += ("profile", "mesh", "microbatches", "remat", "unroll")  # nor do these, but for rounding
+HARMLESS += ("profile", "mesh", "microbatches", "attention", "remat", "unroll")  # nor do these, but for rounding
 
 
 class Setup(NamedTuple):

@@ -48,7 +48,8 @@ from rljax.types import Mean, Metrics
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
 HARMLESS = ("keep", "samples", "checks", "profile", "wandb", "out", "name", "save_every", "evidence")
-HARMLESS += ("reward_timeout", "max_rounds", "mesh", "microbatches", "remat", "unroll")  # the last but for rounding
+HARMLESS += ("reward_timeout", "max_rounds")
+HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll")  # but for rounding
 HEADLINE = "objective/scores"
 
 

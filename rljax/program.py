@@ -45,6 +45,7 @@ class Run:
     dtype: str = "float32"  # of the parameters and optimizer moments
     compute_dtype: str | None = None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # none | dots | full: what the backward pass computes again instead of keeping
+    attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (NVIDIA): what computes it, see docs/scaling.md
     unroll: int = 1  # layers per step of the scan over layers: more compile slower, and run a little faster if shallow
     mesh: Callable[..., Mesh] = sharding.make_mesh
 
@@ -91,6 +92,8 @@ def check_settings(run: Run) -> None:
         raise ValueError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
     if run.remat not in ("none", "dots", "full"):
         raise ValueError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
+    if run.attention not in ("auto", "xla", "splash", "cudnn"):
+        raise ValueError(f"attention must be 'auto', 'xla', 'splash' or 'cudnn', got {run.attention!r}")
 
 
 def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:
@@ -129,6 +132,7 @@ def configured(run: Run, config: models.ModelConfig, mesh: Mesh) -> models.Model
     return dataclasses.replace(
         config,
         compute_dtype=run.compute_dtype or ("bfloat16" if accelerated else "float32"),
+        attention=run.attention,
         remat=run.remat,
         unroll=run.unroll,
     )

@@ -61,6 +61,7 @@ def test_unknown_options_are_errors(option, capsys):
         ({"best_mode": "up"}, "best_mode must be"),
         ({"patience": 3}, "patience needs to know"),
         ({"remat": "all"}, "remat must be"),
+        ({"attention": "flash"}, "attention must be"),
         ({"learning_rate": -1.0}, "must not be negative"),
     ],
 )

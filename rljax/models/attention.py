@@ -17,7 +17,7 @@ class Sight(NamedTuple):
 
     queries: Array  # i32[b t]; segments
     keys: Array  # i32[b s]; segments
-    bias: Array  # f32[windows b 1 t s]; see `biases`
+    bias: Array | None  # f32[windows b 1 t s], see `biases`; None where a kernel needs none, see `kernels`
 
 
 Attend = Callable[[Array, Array, Array, Sight], Array]  # (query [b h t k], key [b g s k], value, sight) -> [b h t k]

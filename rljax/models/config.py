@@ -69,6 +69,7 @@ class ModelConfig:
 
     # how to run it: changes speed and rounding, not the model
     compute_dtype: str = "float32"
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of rows without a cache: see `models.kernels`
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 1  # layers per step of the scan; num_layers removes the loop
 

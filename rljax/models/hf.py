@@ -152,7 +152,7 @@ def _with_source(config: ModelConfig, checkpoint: Checkpoint, note: dict[str, An
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
-_RUNTIME = ("compute_dtype", "remat", "unroll", "source")
+_RUNTIME = ("compute_dtype", "attention", "remat", "unroll", "source")
 
 
 def _architecture_fields(config: ModelConfig) -> dict[str, Any]:

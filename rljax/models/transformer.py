@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from rljax.models import kernels
 from rljax.models.attention import Sight, attend, attend_shared, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
@@ -32,7 +33,7 @@ ACTIVATIONS = {
     "gelu_tanh": jax.nn.gelu,
     "relu": jax.nn.relu,
 }
-REMAT = {"dots": jax.checkpoint_policies.save_only_these_names(RESULT), "full": None}
+REMAT = {"dots": kernels.keep(RESULT), "full": None}
 INIT_STD = 0.02
 
 
@@ -127,7 +128,12 @@ class Attention(nn.Module):
 
         def look(query: Array, key: Array, value: Array, sight: Sight) -> Array:
             scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
-            return attend(query, key, value, pick(sight.bias, kind.window), scale=scale, softcap=c.attention_softcap)
+            how: dict[str, Any] = {"scale": scale, "softcap": c.attention_softcap}
+            if sight.bias is not None:
+                return attend(query, key, value, pick(sight.bias, kind.window), **how)
+            kernel = kernels.choose(c, query.shape[2], key.shape[2])
+            of = [functools.partial(kernels.attend, kernel, window=window, **how) for window in window_choices(c)]
+            return switch(kind.window, of, query, key, value, sight.queries, sight.keys)
 
         match context.sights:
             case [sight]:
@@ -252,8 +258,9 @@ def look_around(config: ModelConfig, segments: Array, cache: Cache | None) -> tu
         cache = dataclasses.replace(cache, segments=key_segments, positions=key_positions)
     length = segments.shape[1] if cache is None else cache.capacity
     cos, sin = tables(config, positions, length)
-    bias = biases(window_choices(config), seen, positions, key_positions)
     keys = segments if cache is None else cache.segments
+    plain = cache is not None or kernels.choose(config, segments.shape[1], keys.shape[1]) == "xla"
+    bias = biases(window_choices(config), seen, positions, key_positions) if plain else None
     context = Context((Sight(segments, keys, bias),), cos=cos, sin=sin, index=index)
     return once(context), positions, cache
 
@@ -267,11 +274,17 @@ def look_at_shared(config: ModelConfig, segments: Array, layout: Layout) -> tupl
     keys = jnp.concatenate([again(prompt), rest], axis=1)
     seen = visible(prompt, prompt), visible(rest, keys, layout.prompt)
     at, later = map(count_positions, seen)
-    windows = window_choices(config)
-    bias = biases(windows, seen[0], at, at), biases(windows, seen[1], later, jnp.concatenate([again(at), later], 1))
+
+    def sight(queries: Array, keys: Array, *where: Array) -> Sight:
+        plain = kernels.choose(config, queries.shape[1], keys.shape[1]) == "xla"
+        return Sight(queries, keys, biases(window_choices(config), *where) if plain else None)
+
+    sights = (
+        sight(prompt, prompt, seen[0], at, at),
+        sight(rest, keys, seen[1], later, jnp.concatenate([again(at), later], 1)),
+    )
     positions = jnp.concatenate([at, later.reshape(len(segments), -1)], axis=1)
     cos, sin = tables(config, positions, keys.shape[1])
-    sights = Sight(prompt, prompt, bias[0]), Sight(rest, keys, bias[1])
     return once(Context(sights, cos=cos, sin=sin, index=0)), positions
 
 
@@ -302,6 +315,13 @@ def split(x: Array) -> Array:
 def pick(table: Array, index: Any) -> Array:
     """table[index], without a gather where there is no choice."""
     return table[0] if table.shape[0] == 1 else table[index]
+
+
+def switch(index: Any, branches: list[Any], *args: Array) -> Array:
+    """branches[index](*args), without a conditional where there is no choice."""
+    if len(branches) == 1 or isinstance(index, int | np.integer):
+        return branches[int(index) if len(branches) > 1 else 0](*args)
+    return jax.lax.switch(index, branches, *args)
 
 
 def trailing(scale: Array, x: Array) -> Array:
@@ -336,12 +356,12 @@ def build(config: ModelConfig) -> LanguageModel:
     unembed  (params, hidden [… d]) -> float32 logits [… v]
     """
     check(config)
-    module = Decoder(config)
+    module, blank = Decoder(config), Decoder(dataclasses.replace(config, attention="xla"))
 
     @jax.jit
     def init(key: Array) -> Params:
         token = jnp.ones((1, 1), jnp.int32)
-        return dict(module.init(key, token, token)["params"])
+        return dict(blank.init(key, token, token)["params"])
 
     def apply(
         params: Params, ids: Array, segments: Array, *, cache: Cache | None = None, layout: Layout | None = None

@@ -308,16 +308,35 @@ def _meetings(size: int, kernel: int, out: int, window: Mapping[str, int]) -> in
 
 
 def _custom_flops(one: Instruction, computation: Computation) -> float:
-    """Of a kernel that says what it costs (Pallas), and of a library's matrix product on GPUs."""
+    """Of a kernel that says what it costs (Pallas), of attention's, and of a library's matrix product on GPUs."""
     said = re.search(r'"flops":\s*"?(\d+)', one.attributes)
     if said:
         return float(said[1])
+    if "splash_" in one.scope or "__cudnn$fmha" in one.attributes:
+        return _attention_flops(one, computation)
     numbers = re.search(r'"dot_dimension_numbers":(\{[^}]*\})', one.attributes)
     if numbers and one.operands:
         dims = json.loads(numbers[1]).get("lhs_contracting_dimensions", [])
         left = computation[one.operands[0]].shapes[0].dims
         return 2.0 * math.prod(one.shapes[0].dims) * math.prod(left[int(i)] for i in dims)
     return 0.0
+
+
+def _attention_flops(one: Instruction, computation: Computation) -> float:
+    """Of the scores that a kernel computes: two products of them forward, five backward (splash computes two of these
+    in each of its two kernels). Splash skips blocks, and `models.kernels` says how many scores are left of a head.
+    """
+    splash = re.search(r"scores_(\d+)/.*splash_\w+?_(fwd|dkv|dq)", one.scope)
+    if splash:
+        query = next(x for name in one.operands for x in computation[name].shapes if re.match("bf|f", x.dtype))
+        heads = math.prod(query.dims) / query.dims[-2]  # times the head size
+        return 2.0 * {"fwd": 2, "dkv": 4, "dq": 3}[splash[2]] * heads * int(splash[1])
+    cudnn = re.search(r'"intermediate_tensor_shape":\{.*?"dimensions":\[([^\]]*)\]', one.attributes)
+    if not cudnn:
+        return 0.0
+    scores = math.prod(int(n) for n in re.findall(r"\d+", cudnn[1])) / (2 if "CAUSAL" in one.attributes else 1)
+    head = computation[one.operands[0]].shapes[0].dims[-1]
+    return 2.0 * (5 if "Backward" in one.attributes else 2) * scores * head
 
 
 # --- memory traffic ---------------------------------------------------------------------------------------------------

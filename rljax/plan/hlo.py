@@ -63,7 +63,7 @@ def parse(text: str) -> Module:
     """Of `compiled.as_text()`. ValueError where that is no HLO module."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in re.sub(r'\n(?="|\}\})', "", text).splitlines():  # what a kernel notes down is JSON over several lines
         if not line.startswith(" "):
             opened = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
             current = None
