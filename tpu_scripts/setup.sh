@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Install rljax on every worker, in ~/rljax-env, and copy files there. Again is harmless.
+#
+#   setup.sh --name my-slice --zone us-west4-a --package 'rljax[tpu]==0.1.0' --copy dpo.py --copy pairs.jsonl
+#
+# --name, --zone   or NAME and ZONE
+# --package        or PACKAGE: a version (rljax[tpu]==0.1.0), a revision ('rljax[tpu] @ git+https://HOST/rljax@REVISION'),
+#                  or a wheel here (dist/rljax-0.1.0-py3-none-any.whl), so that all workers have the same, also later
+# --copy PATH      a file or folder that every worker gets in its home, as often as wanted
+# --mount H:/S     or MOUNT: an NFS share (Filestore) for ~/runs, which a slice that is created again finds again
+# --project        or PROJECT, else gcloud's own
+# --dry-run        print the commands only
+source "$(dirname "$0")/common.sh"
+parse "$@"
+need PACKAGE '--package rljax[tpu]==0.1.0'
+case ${PACKAGE##*/} in
+  *.whl) COPY+=("$PACKAGE") && PACKAGE="rljax[tpu] @ file://HOME/${PACKAGE##*/}" ;;
+  *==?* | *@?*) ;;
+  *) fail "$PACKAGE may be another program tomorrow: say a version (rljax[tpu]==0.1.0), a revision (…/rljax@REVISION) or a wheel" ;;
+esac
+for path in "${COPY[@]}"; do [ -e "$path" ] || [ -n "$DRY_RUN" ] || fail "there is no $path to copy"; done
+# shellcheck disable=SC2016  # expanded by the worker
+install='set -e; cd
+if [ -n "$2" ] && ! mountpoint -q runs; then
+  command -v mount.nfs > /dev/null || sudo apt-get install -qq nfs-common
+  mkdir -p runs && sudo mount -t nfs "$2" runs
+fi
+PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
+python3 -m uv venv --quiet --allow-existing --python ">=3.11" rljax-env
+python3 -m uv pip install --quiet --python rljax-env/bin/python "${1/file:\/\/HOME/file://$HOME}"'
+[ ${#COPY[@]} = 0 ] || tpu scp "${COPY[@]}" "$NAME:" --recurse --node=all --worker=all
+tpu ssh "$NAME" --node=all --worker=all --command "bash -c $(printf '%q ' "$install" rljax "$PACKAGE" "$MOUNT")"

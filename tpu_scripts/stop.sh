@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Tell the run to save and leave, on every worker. run.sh with the same words resumes it.
+#
+#   stop.sh --name my-slice --zone us-west4-a
+#
+# --name, --zone, --project, --dry-run   as for run.sh
+source "$(dirname "$0")/common.sh"
+parse "$@"
+# shellcheck disable=SC2016  # expanded by the worker
+tpu ssh "$NAME" --node=all --worker=all --command 'kill "$(cat ~/rljax-job/pid)"'
