@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+# shellcheck disable=SC2034  # what is set here is read there
 # Sourced by the scripts beside it: their options, and gcloud. bash 4.4 or newer.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -34,10 +35,20 @@ parse() { # options, up to the first word that is none: it and all that follow a
 
 ask() { gcloud compute tpus queued-resources "$@" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"} --quiet; }
 
-tpu() { # ask, and say so; with --dry-run say it only
-  local word line='+ gcloud compute tpus queued-resources'
-  for word in "$@" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"} --quiet; do
-    case $word in '' | *[!A-Za-z0-9_./:=@+,-]*) line+=" ${word@Q}" ;; *) line+=" $word" ;; esac
+quoted() { # words as any shell reads them, here or at the other end of an ssh connection
+  local word quote="'" inside="'\\''"
+  for word in "$@"; do
+    case $word in
+      '' | *[!A-Za-z0-9_./:=@+,-]*) printf " '%s'" "${word//"$quote"/"$inside"}" ;;
+      *) printf ' %s' "$word" ;;
+    esac
   done
+}
+
+tpu() { # ask, and say so; with --dry-run say it only
+  local line
+  line="+ gcloud compute tpus queued-resources$(quoted "$@" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"} --quiet)"
   if [ -n "$DRY_RUN" ]; then echo "$line"; else echo "$line" >&2 && ask "$@"; fi
 }
+
+workers() { tpu ssh "$NAME" --node=all --worker=all --command "bash -c$(quoted "$@")"; } # a bash text and its words

@@ -25,4 +25,4 @@ rm -f pid status
   echo "$?" > status
 ) >> log 2>&1 < /dev/null &
 until [ -s pid ] || [ -e status ]; do sleep 0.1; done'
-tpu ssh "$NAME" --node=all --worker=all --command "bash -c $(printf '%q ' "$start" rljax "${REST[@]}")"
+workers "$start" rljax "${REST[@]}"

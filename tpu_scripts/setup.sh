@@ -29,4 +29,4 @@ PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python ">=3.11" rljax-env
 python3 -m uv pip install --quiet --python rljax-env/bin/python "${1/file:\/\/HOME/file://$HOME}"'
 [ ${#COPY[@]} = 0 ] || tpu scp "${COPY[@]}" "$NAME:" --recurse --node=all --worker=all
-tpu ssh "$NAME" --node=all --worker=all --command "bash -c $(printf '%q ' "$install" rljax "$PACKAGE" "$MOUNT")"
+workers "$install" rljax "$PACKAGE" "$MOUNT"

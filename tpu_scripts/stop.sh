@@ -7,4 +7,4 @@
 source "$(dirname "$0")/common.sh"
 parse "$@"
 # shellcheck disable=SC2016  # expanded by the worker
-tpu ssh "$NAME" --node=all --worker=all --command 'kill "$(cat ~/rljax-job/pid)"'
+workers 'kill "$(cat ~/rljax-job/pid)"'

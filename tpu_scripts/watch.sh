@@ -14,8 +14,8 @@ parse "$@"
 need PACKAGE '--package rljax[tpu]==0.1.0'
 run=("$here/run.sh" "${OPTIONS[@]}" -- "${REST[@]}") begun='' tries=0
 
-attempt() { "$@" || { tries=$((tries + 1)) && [ $tries -lt 3 ] || fail "this failed three times in a row: $1"; }; }
-begin() { begun=yes && attempt "$here/setup.sh" "${OPTIONS[@]}" && attempt "${run[@]}"; }
+attempt() { "$@" || { tries=$((tries + 1)) && [ $tries -lt 3 ] || fail "this failed three times in a row: ${1##*/}"; }; }
+setup_and_run() { begun=yes && "$here/setup.sh" "${OPTIONS[@]}" && "${run[@]}"; }
 
 state() { # of the request; absent where there is none
   local said
@@ -23,37 +23,28 @@ state() { # of the request; absent where there is none
   echo "${said##*$'\n'}"
 }
 
-# shellcheck disable=SC2016  # expanded by the worker
-workers='cd ~/rljax-job 2> /dev/null || { echo rljax:absent && exit; }
-for _ in 1 2 3; do
-  [ ! -s status ] || { echo "rljax:ended:$(cat status)" && exit; }
-  ! kill -0 "$(cat pid)" 2> /dev/null || { echo rljax:running && exit; }
-  sleep 1
-done
-echo rljax:lost'
-see=(ssh "$NAME" --node=all --worker=all --command "bash -c $(printf %q "$workers")")
-
 look() { # at the workers of an active slice
   local said
-  said=$(ask "${see[@]}") || said="rljax:running? $said" # one that cannot be reached: the slice's state will say more
+  # Where one cannot be reached, the state of the slice will tell.
+  said=$("$here/status.sh" "${OPTIONS[@]}" 2> /dev/null) || said="rljax:running? $said"
   echo "$NAME: ${said//$'\n'/ }" >&2
   case $begun,$said in
     *rljax:running*) begun=yes && tries=0 ;;
-    ,* | *rljax:absent* | *rljax:lost* | *rljax:ended:143*) begin ;;
-    *) over "$(grep -o 'ended:[0-9]*' <<< "$said" | cut -d : -f 2 | sort -n | tail -n 1)" ;;
+    ,* | *rljax:absent* | *rljax:lost* | *rljax:ended:143*) attempt setup_and_run ;;
+    *) over "$(grep -o '[1-9][0-9]*$' <<< "$said" | sort -n | head -n 1)" ;;
   esac
 }
 
-over() { # with this exit status
-  [ "$1" = 0 ] || "$here/logs.sh" "${OPTIONS[@]}" --all --last 20 || true
+over() { # with this exit status, none for 0
+  [ -z "$1" ] || "$here/logs.sh" "${OPTIONS[@]}" --all --last 20 || true
   [ -z "$DELETE" ] || "$here/delete.sh" "${OPTIONS[@]}"
-  exit "$1"
+  exit "${1:-0}"
 }
 
 if [ -n "$DRY_RUN" ]; then
   tpu describe "$NAME" --format='value(state.state)'
   for step in delete create setup; do "$here/$step.sh" "${OPTIONS[@]}"; done
-  "${run[@]}" && tpu "${see[@]}" && exit
+  "${run[@]}" && "$here/status.sh" "${OPTIONS[@]}" && exit
 fi
 while true; do
   now=$(state)
