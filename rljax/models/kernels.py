@@ -43,11 +43,9 @@ def choose(config: ModelConfig, queries: int, keys: int) -> str:
 
 def objection(kernel: str, config: ModelConfig, queries: int, keys: int) -> str | None:
     """Why a kernel cannot compute the attention of this model on the mesh that is set, or None."""
-    where, dtype, tensor = platform(), config.compute_dtype, ways_here(("tensor",))
+    where, dtype = platform(), config.compute_dtype
     if kernel == "xla":
         return None
-    if _key_copies(config.num_heads, config.num_kv_heads, tensor) is None:
-        return f"{config.num_heads} heads on {config.num_kv_heads} key heads cannot be split over tensor={tensor}"
     if kernel == "splash":
         if where not in ("tpu", "cpu"):
             return f"splash attention runs on TPUs (and, interpreted, on CPUs), and this is a {where}"
@@ -75,15 +73,12 @@ def _generation() -> float:
     return float(found[0]) if found else 0.0
 
 
-def _key_copies(heads: int, groups: int, tensor: int) -> int | None:
-    """How often each key head is repeated so that the tensor axis splits heads and key heads alike; None: it cannot.
+def key_copies(heads: int, groups: int, tensor: int) -> int:
+    """How often each of `groups` key heads is repeated so that the tensor axis splits them as it splits the heads.
 
-    Where it splits neither, all devices of the axis compute all heads, as XLA does.
+    Heads that it does not split are all computed everywhere, as by XLA.
     """
-    copies = tensor // math.gcd(groups, tensor)
-    if heads % tensor:
-        return 1 if groups % tensor else None
-    return copies if heads % (groups * copies) == 0 else None
+    return 1 if heads % tensor else math.lcm(groups, tensor) // groups
 
 
 def attend(
@@ -104,9 +99,7 @@ def attend(
     On a mesh, rows and heads are computed where they are; where rows are split over `context`, each device computes
     its queries with the keys of whole rows.
     """
-    tensor = ways_here(("tensor",))
-    copies = _key_copies(query.shape[1], key.shape[1], tensor)
-    assert copies is not None
+    copies = key_copies(query.shape[1], key.shape[1], ways_here(("tensor",)))
     if copies > 1:
         key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
     run = {"splash": _splash, "cudnn": _cudnn}[kernel]
