@@ -31,10 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bandit_optimum import verdict
 from jax import Array
 
-from rljax import critics, filters, iteration, methods, models, online, presets, rewards, train, views
+from rljax import critics, filters, iteration, methods, models, online, papers, presets, rewards, train, views
 from rljax.types import Params, Tokens
 
 BETA, PROMPTS, VOCAB, END = 0.5, 4, 8, 0
@@ -185,7 +184,7 @@ CASES = (
 
 def main(*, seeds: int = 3, steps: int = 300, samples: int = 256, learning_rate: float = 4e-3, only: str = "") -> int:
     """Train every case and compare; the exit status is 1 if one misses its answer. only: part of the names to try."""
-    rows = []
+    checks = []
     for case in (case for case in CASES if only in case.name):
         sizes = {"batch": PROMPTS, "group": samples, "max_prompt": 2, "max_completion": case.tokens}
         given = {"model": "", "data": "", "reward": looked_up, "learning_rate": learning_rate}
@@ -196,13 +195,13 @@ def main(*, seeds: int = 3, steps: int = 300, samples: int = 256, learning_rate:
         table = TABLE.astype(np.float64)
         off = np.mean([np.abs(p - case.answer(q, table)).max() for q, p in zip(ref, pi, strict=True)])
         from_best = np.mean([np.abs(p - tilted(q, table)).max() for q, p in zip(ref, pi, strict=True)])
-        rows.append((case.name, "max |π − π*| < 0.02", f"{from_best:.4f}", bool(from_best < 0.02)))
+        checks.append(papers.at_most(case.name, "max |π − π*|", from_best, 0.02))
         if case.answer is not tilted:
-            rows[-1] = (case.name, "max |π − π*| > 0.05", f"{from_best:.4f}", bool(from_best > 0.05))
-            rows.append((f"{case.name}: predicted end", "max |π − answer| < 0.02", f"{off:.4f}", bool(off < 0.02)))
-        print(f"{case.name}: {rows[-1][2]}", flush=True)
-    print()
-    return verdict(rows)
+            checks[-1] = papers.at_least(case.name, "max |π − π*|", from_best, 0.05)
+            checks.append(papers.at_most(f"{case.name}: predicted end", "max |π − answer|", off, 0.02))
+        print(f"{case.name}: {checks[-1].measured}", flush=True)
+    print(f"\n{papers.text_table(checks)}")
+    return 0 if all(check.holds for check in checks) else 1
 
 
 if __name__ == "__main__":

@@ -168,3 +168,29 @@ def adaptive_kl(
     require_positive(target=target, horizon=horizon)
     error = jnp.clip(as_float(kl) / target - 1.0, -0.2, 0.2)
     return as_float(coef) * (1.0 + error * batch_size / horizon)
+
+
+def constrained(
+    rewards: Real[ArrayLike, "*s"], costs: Real[ArrayLike, "*s"], *, multiplier: Scalar
+) -> Float[Array, "*s"]:
+    """Advantages of reward and cost as one, for reward under a limit on cost (Dai et al. 2023, arXiv:2310.12773).
+
+    A = (A_r − λ A_c) / (1 + λ),   λ = multiplier ≥ 0
+
+    Dividing by 1 + λ keeps the size of the step when λ grows.
+    """
+    return (as_float(rewards) - multiplier * as_float(costs)) / (1.0 + multiplier)
+
+
+def update_log_multiplier(
+    log_multiplier: Real[ArrayLike, ""], cost: Real[ArrayLike, ""], *, limit: Scalar, rate: Scalar
+) -> Float[Array, ""]:
+    """The logarithm of the multiplier after a batch whose mean cost was `cost` (Dai et al. 2023, arXiv:2310.12773).
+
+    ln λ + rate · λ · (cost − limit)
+
+    λ grows while the cost is above its limit, else it shrinks; gradient ascent on the logarithm keeps it positive. The
+    paper's d is −limit.
+    """
+    log_multiplier = as_float(log_multiplier)
+    return log_multiplier + rate * jnp.exp(log_multiplier) * (as_float(cost) - limit)

@@ -1,5 +1,5 @@
-"""The command line: `rljax run | plan | selfcheck | inspect | sample | export | report`. Only this file knows
-arguments.
+"""The command line: `rljax run | plan | selfcheck | inspect | sample | export | report | reproduce`. Only this
+file knows arguments.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, distributed, evidence, hosts, offline, online, progress
+from rljax import artefacts, distributed, evidence, hosts, offline, online, papers, progress
 from rljax import plan as planning
 from rljax import report as reports
 from rljax.models import resolve
@@ -37,6 +37,7 @@ USAGE = """usage: rljax COMMAND …
   sample RUN_OR_MODEL               let a run, a checkpoint folder or a named model write
   export RUN FOLDER                 a Hugging Face checkpoint of a run's best (or last) weights
   report RUN                        write report.md and its plots again
+  reproduce [NAME …]                claims of papers: criterion, measured, verdict, and a page for each
 
 `rljax COMMAND --help` lists the options of each."""
 
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command in (run, selfcheck):
             distributed.initialize()
+        if command in (run, selfcheck, reproduce):
             _keep_programs()
         return command(argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
@@ -227,6 +229,42 @@ def report(argv: Sequence[str]) -> int:
     return tyro.cli(command, args=list(argv), prog="rljax report")
 
 
+def reproduce(argv: Sequence[str]) -> int:
+    """Claims of papers, with verdicts; status 1 where one fails."""
+
+    def command(
+        names: tyro.conf.Positional[tuple[str, ...]] = (),
+        seeds: int = 3,
+        quick: bool = False,
+        folder: str = "experiments/papers",
+        out: str | None = None,
+    ) -> int:
+        """Run reproductions of papers, print claim, criterion, measured and verdict, and write a page for each.
+
+        Args:
+            names: which ones, by the names of their files; all if there are none
+            seeds: how many seeds, whose mean is judged
+            quick: fewer steps or samples, where a reproduction takes long
+            folder: where their files are
+            out: where the pages go; docs/papers, in a quick run runs/papers
+        """
+        if seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {seeds}")
+        pages, kind = pathlib.Path(out or ("runs/papers" if quick else "docs/papers")), " --quick" if quick else ""
+        failed = []
+        for file in papers.find(names, pathlib.Path(folder)):
+            print(f"{file.stem} …", flush=True)
+            done = papers.run(file, import_file, seeds=seeds, quick=quick)
+            print(f"{done.title}\n\n{papers.text_table(done.result.checks)}\n")
+            page = papers.write_page(done, pages, how=f"rljax reproduce {file.stem} --seeds {seeds}{kind}")
+            print(f"{page}: {done.seconds:.1f} s\n", flush=True)
+            failed += [] if done.holds else [file.stem]
+        print(f"{papers.write_gallery(pages)}; " + (f"FAILED: {', '.join(failed)}" if failed else "all pass"))
+        return 1 if failed else 0
+
+    return tyro.cli(command, args=list(argv), prog="rljax reproduce")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "run": run,
     "plan": plan_run,
@@ -235,6 +273,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample,
     "export": export,
     "report": report,
+    "reproduce": reproduce,
 }
 
 

@@ -155,6 +155,25 @@ def masked_whiten(
     return jnp.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
+def best_of_n(values: Real[ArrayLike, " s"], by: Real[ArrayLike, " s"], *, n: int) -> Float[Array, ""]:
+    """The expected value of the best of n, by all ways to choose n of these samples (Nakano et al. 2021,
+    arXiv:2112.09332, appendix I; Gao et al. 2022, arXiv:2210.10760).
+
+    Σ_i C(i − 1, n − 1) / C(s, n) · value_i,   i = 1 … s the rank of `by`, n ≤ s
+
+    values: what is averaged, such as gold rewards. by: what decides, such as proxy rewards; of equal ones the later is
+    taken for the better. Raises ValueError for n < 1 or n > s.
+    """
+    values, s = as_float(values), jnp.shape(values)[0]
+    if not 1 <= n <= s:
+        raise ValueError(f"best_of_n takes the best of n={n} out of {s} samples: n must be from 1 to their number")
+    below = jnp.arange(s - 1, -1, -1)  # i − 1, from the best down
+    # the weight of rank i is n/s at the top, and (i − n)/(i − 1) of that above it below
+    ratios = jnp.log(jnp.maximum(below[:-1] - (n - 1), 0) / jnp.maximum(below[:-1], 1))
+    weights = n / s * jnp.exp(jnp.concatenate([jnp.zeros(1, values.dtype), jnp.cumsum(ratios)]))
+    return jnp.vdot(weights, values[jnp.argsort(jnp.asarray(by))[::-1]])
+
+
 def aggregate(
     x: Real[ArrayLike, "b t"],
     mask: Bool[ArrayLike, "b t"],

@@ -76,10 +76,15 @@ def draw_curves(metrics: Rows, timing: Rows = ()) -> list[tuple[str, Figure]]:
     return [*drawn, *([("Throughput", _page({"tokens/s": {"tokens/s": speed}}))] if speed else [])]
 
 
+def style() -> Any:
+    """In its context, figures look like those of reports."""
+    return matplotlib.rc_context(STYLE)  # pyright: ignore[reportArgumentType]
+
+
 def _page(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> Figure:
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(STYLE):  # pyright: ignore[reportArgumentType]
+    with style():
         figure = Figure(figsize=(4.9 * columns + 0.4 * (columns == 1), 3.1 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for axis, (group, curves) in zip(axes, panels.items(), strict=False):

@@ -12,14 +12,14 @@ Set-up  One state, five actions, π = softmax of five logits started at π_ref; 
         IPO regresses h = log π_i/π_j − log π_ref,i/π_ref,j on 1/(2τ) where i won and on −1/(2τ) where j won, so on
         (P(i≻j) − ½)/τ on average. numpy solves that weighted least-squares problem, and finds the paper's closed form
         π ∝ π_ref exp(P(y≻μ)/τ), where P(y≻μ) is the chance to win against a uniform opponent.
-Run     rljax run experiments/bandit_optimum.py   (6 s on two CPU cores, nearly all of it compiling)
+Run     rljax reproduce kl_bandit_optimum   (6 s on two CPU cores, nearly all of it compiling)
 Pass    max |π − π*| < 1e-4 with exact gradients; < 0.02 sampled, mean of 3 seeds.
 Got     exact: at most 2e-6. Sampled: REINFORCE 0.0013, PPO 0.0067, DPO 0.0073, online DPO 0.0086, IPO 0.0037.
         REINFORCE does best because the noise of its gradient vanishes at π*: r − β log π*/π_ref is constant there.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from rljax import advantages, losses, train
+from rljax import advantages, losses, papers, plots, train
 from rljax.types import LossFn, Mean, Metrics, Params, TrainState
 
 REWARDS = jnp.array([1.2, -2.0, 2.0, 0.0, -0.6])
@@ -103,6 +103,8 @@ def fit(loss_fn: LossFn, collect: Callable[[Array, Array], Any], key: Array, *, 
 
 def policies(key: Array, *, steps: int, samples: int) -> dict[str, Array]:
     """Where each algorithm ends. samples: actions or preferences in all; 0 for exact expectations."""
+    if 0 < samples < steps:
+        raise ValueError(f"samples={samples} must be at least the number of steps, {steps}")
     keys, n = jax.random.split(key, 6), samples // steps
     pairs = draw(keys[5], PAIRS * WINS, samples)
     dpo = preference(losses.dpo_loss, REF_LOGPS, beta=BETA)
@@ -120,41 +122,37 @@ def policies(key: Array, *, steps: int, samples: int) -> dict[str, Array]:
     }
 
 
-def verdict(rows: Sequence[tuple[str, str, str, bool]]) -> int:
-    """Print a row per (claim, criterion, measured, whether it holds); the exit status: 0 if all hold."""
-    table = [("claim", "criterion", "measured", "verdict")]
-    table += [(claim, criterion, measured, "pass" if holds else "FAIL") for claim, criterion, measured, holds in rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0 if all(holds for *_, holds in rows) else 1
-
-
-def main(*, seeds: int = 3, exact_steps: int = 1000, sampled_steps: int = 200, samples: int = 20_000) -> int:
-    """Compare five algorithms, exact and sampled, with the closed forms; the exit status is 1 if one misses."""
-    if seeds < 1 or samples < sampled_steps:
-        raise ValueError(
-            f"seeds={seeds} must be at least 1, and samples={samples} at least sampled_steps={sampled_steps}"
-        )
+def reproduce(
+    *, seeds: int, quick: bool, exact_steps: int = 1000, sampled_steps: int = 200, samples: int = 20_000
+) -> papers.Result:
+    """Compare five algorithms, exact and sampled, with the closed forms."""
+    del quick  # it is quick
     keys = jax.random.split(jax.random.key(0), seeds)
     exact = jax.jit(functools.partial(policies, steps=exact_steps, samples=0))(keys[0])
     sampled = jax.jit(jax.vmap(functools.partial(policies, steps=sampled_steps, samples=samples)))(keys)
     exact, sampled = jax.device_get((exact, sampled))
     best, ipo = (np.asarray(jax.nn.softmax(REF_LOGPS + tilt)) for tilt in (REWARDS / BETA, ipo_tilt()))
     closed = np.asarray(jax.nn.softmax(REF_LOGPS + jnp.mean(WINS, axis=1) / TAU))
-    error = np.max(np.abs(ipo - closed))
-    rows = [("IPO's least squares = closed form", "max |π − π*| < 1e-6", f"{error:.1e}", bool(error < 1e-6))]
+    what = "max |π − π*|"
+    checks = [papers.at_most("IPO's least squares = closed form", what, np.max(np.abs(ipo - closed)), 1e-6)]
     for name, policy in exact.items():
         error = np.max(np.abs(policy - (ipo if name == "IPO" else best)))
-        rows.append((f"{name}, exact gradients", "max |π − π*| < 1e-4", f"{error:.1e}", bool(error < 1e-4)))
+        checks.append(papers.at_most(f"{name}, exact gradients", what, error, 1e-4))
     for name, policy in sampled.items():
         errors = np.max(np.abs(policy - (ipo if name == "IPO" else best)), axis=1)
-        measured = f"{errors.mean():.4f} ({', '.join(f'{e:.4f}' for e in errors)})"
-        rows.append((f"{name}, {samples:,} samples", "max |π − π*| < 0.02", measured, bool(errors.mean() < 0.02)))
-    return verdict(rows)
+        checks.append(papers.at_most(f"{name}, {samples:,} samples", what, errors, 0.02))
+    return papers.Result(checks, {"Where each algorithm ends, from 20,000 samples": draw_ends(sampled, best, ipo)})
 
 
-if __name__ == "__main__":
-    from rljax import cli
-
-    cli.run_file(__file__)
+def draw_ends(sampled: dict[str, np.ndarray], best: np.ndarray, ipo: np.ndarray) -> Any:
+    """Probabilities of the actions, policies [seeds actions]."""
+    drawn, ((axis,),) = papers.figure(size=(6.4, 3.4))
+    names = {"π_ref": np.exp(REF_LOGPS), "π*": best, **sampled, "IPO's π*": ipo}
+    width = 0.8 / len(names)
+    for i, (name, policy) in enumerate(names.items()):
+        mean = np.atleast_2d(policy).mean(0)
+        axis.bar(np.arange(5) + (i - len(names) / 2 + 0.5) * width, mean, width, label=name, color=plots.COLORS[i % 7])
+    axis.set(xlabel="action (reward)", ylabel="probability", xticks=range(5))
+    axis.set_xticklabels([f"{reward:g}" for reward in np.asarray(REWARDS)])
+    axis.legend(ncols=2)
+    return drawn

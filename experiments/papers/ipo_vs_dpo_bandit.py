@@ -14,7 +14,7 @@ Set-up  Three actions, π_ref and the start uniform, Adam 1e-2, 18,000 steps, τ
         by the mean policy over the last tenth of the steps: at a constant rate Adam keeps jittering around the optimum.
         IPO's exact answer: least squares on s_w − s_l = 1/(2τ), π = softmax of the solution s of minimum norm, which is
         the one that descent from s = 0 finds: it leaves the logit of an action that was never compared.
-Run     rljax run experiments/ipo_vs_dpo_bandit.py   (25 s on two busy CPU cores; runs/ipo_vs_dpo_bandit/curves.png)
+Run     rljax reproduce ipo_vs_dpo_bandit   (25 s on two busy CPU cores)
 Pass    Full batches: DPO π(a) > 0.999 on the total order and on "a over b only", π(c) < 1e-3 where c never wins, for
         every β; IPO within 1e-3 of its exact answer in every action. Mini-batches, mean of 3 seeds: the same for DPO,
         within 0.01 for IPO.
@@ -29,18 +29,17 @@ Got     τ = β =                 0.1     0.5     1
 """
 
 import functools
-import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bandit_optimum import draw, preference, verdict
 from jax import Array
+from kl_bandit_optimum import draw, preference
 from matplotlib.figure import Figure
 
-from rljax import losses, train
+from rljax import losses, papers, train
 from rljax.types import TrainState
 
 ACTIONS = {"a": "#0072B2", "b": "#E69F00", "c": "#000000"}  # Okabe and Ito's colours: told apart by every eye
@@ -82,7 +81,7 @@ def curves(loss: Callable[..., Array], *, seeds: int, steps: int, batch: int) ->
     return np.asarray(over_data(jax.random.split(jax.random.key(0), seeds), jnp.array(TAUS), wins))
 
 
-def rows(name: str, policies: np.ndarray, tolerance: float, how: str) -> list[tuple[str, str, str, bool]]:
+def judge(name: str, policies: np.ndarray, tolerance: float, how: str) -> list[papers.Check]:
     """The verdicts on policies [data, τ, action]."""
     out = []
     for data, by_tau in zip(DATA, policies, strict=True):
@@ -95,11 +94,11 @@ def rows(name: str, policies: np.ndarray, tolerance: float, how: str) -> list[tu
             criterion = "π(c) < 1e-3" if action == 2 else "π(a) > 0.999"
             holds = np.all(by_tau[:, 2] < 1e-3 if action == 2 else by_tau[:, 0] > 0.999)
         measured = f"π({'abc'[action]}) = {', '.join(f'{p:.4f}' for p in by_tau[:, action])}"
-        out.append((f"{name}, {data}, {how}", criterion, measured, bool(holds)))
+        out.append(papers.Check(f"{name}, {data}, {how}", criterion, measured, bool(holds)))
     return out
 
 
-def plot(dpo: np.ndarray, ipo: np.ndarray, path: pathlib.Path) -> None:
+def draw_curves(dpo: np.ndarray, ipo: np.ndarray) -> Figure:
     """π(a), π(b), π(c) against steps: a row of panels per data set, a column per τ; arrays [data, τ, step, action]."""
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(len(DATA), len(TAUS), sharex=True, sharey=True)
@@ -116,26 +115,16 @@ def plot(dpo: np.ndarray, ipo: np.ndarray, path: pathlib.Path) -> None:
     figure.supxlabel("updates (Adam, learning rate 0.01, full batches)")
     figure.supylabel("probability of the action")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
-def main(*, seeds: int = 3, steps: int = 18_000, batch: int = 9, out: str = "runs/ipo_vs_dpo_bandit") -> int:
-    """Train DPO and IPO on the three data sets, with full batches and with mini-batches of `batch`, and judge them."""
-    if seeds < 1 or steps < 10:
-        raise ValueError(f"seeds={seeds} must be at least 1 and steps={steps} at least 10")
-    table, full = [], {}
+def reproduce(*, seeds: int, quick: bool, steps: int = 18_000, batch: int = 9) -> papers.Result:
+    """Train DPO and IPO on the three data sets, with full batches and (not in --quick) with mini-batches."""
+    checks, full = [], {}
     for name, loss in (("DPO", losses.dpo_loss), ("IPO", losses.ipo_loss)):
         full[name] = curves(loss, seeds=1, steps=steps, batch=0)[:, :, 0]
-        table += rows(name, full[name][:, :, -1], 1e-3, "full batches")
-        small = curves(loss, seeds=seeds, steps=steps, batch=batch)[:, :, :, -(steps // 10) :]
-        table += rows(name, small.mean(axis=(2, 3)), 0.01, f"batches of {batch}, {seeds} seeds")
-    plot(full["DPO"], full["IPO"], pathlib.Path(out) / "curves.png")
-    print(f"curves: {pathlib.Path(out) / 'curves.png'}\n")
-    return verdict(table)
-
-
-if __name__ == "__main__":
-    from rljax import cli
-
-    cli.run_file(__file__)
+        checks += judge(name, full[name][:, :, -1], 1e-3, "full batches")
+        if not quick:
+            small = curves(loss, seeds=seeds, steps=steps, batch=batch)[:, :, :, -(steps // 10) :]
+            checks += judge(name, small.mean(axis=(2, 3)), 0.01, f"batches of {batch}, {seeds} seeds")
+    return papers.Result(checks, {"Policies over updates": draw_curves(full["DPO"], full["IPO"])})

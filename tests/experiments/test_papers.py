@@ -1,0 +1,135 @@
+"""Every reproduction passes in its quick form, and fails where what it reproduces is broken."""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from rljax import advantages, cli, losses, ops, papers
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "papers"
+FILES = sorted(FOLDER.glob("*.py"))
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """A reproduction by its name, imported anew."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield lambda name: papers.run(FOLDER / f"{name}.py", cli.import_file, seeds=3, quick=True)
+    for name in {file.stem for file in FILES} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", [file.stem for file in FILES])
+def test_a_reproduction_passes(run, name, tmp_path):
+    done = run(name)
+    assert done.holds, papers.text_table(done.result.checks)
+    page = papers.write_page(done, tmp_path, how="test").read_text()
+    assert page.startswith(f"# {done.title}\n")
+    assert page.count("**pass**") == len(done.result.checks)
+    assert "Pass    " in done.text
+    assert "arXiv:" in done.text
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert len(pictures) == len(done.result.plots) > 0
+    assert all(f"({picture.name})" in page for picture in pictures)
+
+
+def without(function, **fixed):
+    """The function, which does not hear of these arguments."""
+    return lambda *args, **given: function(*args, **{**given, **fixed})
+
+
+BROKEN = {
+    "no clipping": (losses, "ppo_clip_loss", without(losses.ppo_clip_loss, clip_low=1e9, clip_high=1e9)),
+    "rDPO is DPO": (losses, "robust_dpo_loss", without(losses.robust_dpo_loss, label_smoothing=0.0)),
+    "GAE without λ": (advantages, "gae", without(advantages.gae, lam=1.0)),
+    "costs do not count": (advantages, "constrained", without(advantages.constrained, multiplier=0.0)),
+    "always divided": (advantages, "group_relative", without(advantages.group_relative, divide_by_std=True)),
+    "one length": (ops, "aggregate", without(ops.aggregate, mode="seq_mean_token_mean")),
+    "best of half as many": (ops, "best_of_n", lambda *args, n: best_of_n(*args, n=max(1, n // 2))),
+}
+best_of_n = ops.best_of_n
+FAILS = {
+    "no clipping": ("ppo_clipping", "clipping bounds the worst update"),
+    "rDPO is DPO": ("noisy_preferences", "rDPO keeps what clean labels give"),
+    "GAE without λ": ("gae_lambda", "`gae` has the expected mean"),
+    "costs do not count": ("safe_rlhf_lagrangian", "limit 0 is met"),
+    "always divided": ("grpo_biases", "Dr. GRPO weighs as the gradient does"),
+    "one length": ("grpo_biases", "Dr. GRPO: wrong answers stay"),
+    "best of half as many": ("best_of_n_kl", "the estimator agrees"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
+    monkeypatch.setattr(*BROKEN[what])
+    name, claim = FAILS[what]
+    failed = [check.claim for check in run(name).result.checks if not check.holds]
+    assert claim in failed
+
+
+def test_the_command_prints_a_table_and_writes_pages(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    call = ["reproduce", "best_of_n_kl", "--quick", "--folder", str(FOLDER), "--out", str(tmp_path)]
+    assert cli.main(call) == 0
+    said = capsys.readouterr().out
+    assert "the bound holds" in said
+    assert "FAIL" not in said
+    assert "(best_of_n_kl.md)" in (tmp_path / "README.md").read_text()
+
+
+def test_a_claim_that_fails_is_told_and_is_the_exit_status(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    file = tmp_path / "here" / "wrong.py"
+    file.parent.mkdir()
+    file.write_text(
+        '"""Two is three.\n\nPaper   none\n"""\nfrom rljax import papers\n\n'
+        "def reproduce(*, seeds, quick):\n"
+        '    return papers.Result([papers.near("2 = 3", "2", [2.0] * seeds, 3, 0.1)])\n'
+    )
+    assert cli.main(["reproduce", "--folder", str(file.parent), "--out", str(tmp_path / "pages")]) == 1
+    assert "FAILED: wrong" in capsys.readouterr().out
+    assert "**FAIL**" in (tmp_path / "pages" / "wrong.md").read_text()
+    assert "0 of 1 pass" in (tmp_path / "pages" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "there is no reproduction 'nothing'; there are best_of_n_kl"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--folder", "/nowhere"], "there are no reproductions in /nowhere"),
+    ],
+)
+def test_what_cannot_be_run(arguments, message, capsys):
+    assert cli.main(["reproduce", "--folder", str(FOLDER), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("check", "holds"),
+    [
+        (functools.partial(papers.at_most, bound=2.0), (True, True, False)),
+        (functools.partial(papers.at_least, bound=2.0), (False, True, True)),
+        (functools.partial(papers.near, target=2.0, tolerance=0.5), (False, True, False)),
+    ],
+)
+def test_the_mean_over_seeds_is_judged(check, holds):
+    assert tuple(check("", "x", [mean - 1, mean + 1]).holds for mean in (1.0, 2.0, 3.0)) == holds
+    assert not check("", "x", [float("nan"), 2.0]).holds
+
+
+def test_best_of_n_by_hand():
+    values, by = jax.numpy.array([5.0, 1.0, 2.0]), jax.numpy.array([0.0, 2.0, 1.0])
+    assert [float(ops.best_of_n(values, by, n=n)) for n in (1, 2, 3)] == pytest.approx([8 / 3, (1 + 1 + 2) / 3, 1.0])
+    with pytest.raises(ValueError, match="n=4 out of 3"):
+        ops.best_of_n(values, by, n=4)
+
+
+def test_the_multiplier_by_hand():
+    assert float(advantages.constrained(3.0, 2.0, multiplier=0.5)) == pytest.approx((3 - 1) / 1.5)
+    grown = advantages.update_log_multiplier(jax.numpy.log(2.0), 0.5, limit=0.2, rate=0.1)
+    assert float(grown) == pytest.approx(float(jax.numpy.log(2.0)) + 0.1 * 2 * 0.3)
