@@ -105,15 +105,16 @@ def prepare(options: argparse.Namespace) -> Case:
     dtype = machine.jax_dtype() if options.figure == "generate" else "float32"
     params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), policy.init(key)))(jax.random.key(0))
     run = experiment(options, sizes)
-    drawn = settings.sampling(run, stop_ids=())
+    drawn, mesh = settings.sampling(run, stop_ids=()), program.make_mesh(run)
     if isinstance(run, settings.PPO):
         critic = jax.jit(models.reward_model(policy).init)(jax.random.key(1))
         method = methods.ppo(run, policy, params, (policy, critic), drawn)
     else:
-        method = methods.policy_gradient(run, policy, params, drawn, groups.shares(run, shards=1))
+        shares = groups.shares(run, mesh.shape["data"] * mesh.shape["fsdp"])
+        method = methods.policy_gradient(run, policy, params, drawn, shares)
     optimizer, _ = program.make_optimizer(run)
-    mesh = program.make_mesh(run)
-    parts = iteration.build(run, policy, method, optimizer, rewards.as_rewards(run.reward), settings=drawn)
+    asked = rewards.as_rewards(run.reward)  # pyright: ignore[reportArgumentType]
+    parts = iteration.build(run, policy, method, optimizer, asked, settings=drawn)
     with jax.set_mesh(mesh):
         prompts = random_prompts(run.batch, shape["vocab_size"])
         if options.figure == "generate":

@@ -183,7 +183,7 @@ def cluster(shape: str, critic: Llama3 | None, rows: int) -> rl_cluster.RLCluste
 def even(prompts: Any, completions: list[str], **_: Any) -> list[float]:
     """The share of even tokens."""
     rows = [text.split() for text in completions]
-    assert len(prompts) == len(rows) and all(len(row) == NEW for row in rows)
+    assert [len(row) for row in rows] == [NEW] * len(prompts)
     return [sum(int(token) % 2 == 0 for token in row) / NEW for row in rows]
 
 

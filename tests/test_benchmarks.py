@@ -13,18 +13,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 @pytest.mark.slow
 def test_offline_prints_one_figure_per_update():
-    command = [
-        sys.executable,
-        FOLDER / "offline.py",
-        "--shape",
-        "toy",
-        "--pairs",
-        "1",
-        "--rounds",
-        "2",
-        "--unroll",
-        "1",
-    ]
+    command = [sys.executable, FOLDER / "offline.py", "--shape", "toy", "--pairs", "1", "--rounds", "2"]
     env = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=True)
     figures = [json.loads(line) for line in done.stdout.splitlines()]
@@ -42,11 +31,12 @@ def test_flops_of_a_step_count_only_what_is_needed(monkeypatch):
     import offline
 
     shape = offline.SHAPES["tiny"]
-    layers = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768)
+    layers, head = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768), 256 * 1024
     assert offline.flops_of_step(shape, "rm", 1) == 3 * 2 * 2 * 128 * layers
-    head = 2 * 2 * 64 * 256 * 1024
-    assert offline.flops_of_step(shape, "dpo", 1) - offline.flops_of_step(shape, "rm", 1) == 3 * head
-    assert offline.flops_of_step(shape, "dpo+ref", 1) == pytest.approx(4 / 3 * offline.flops_of_step(shape, "dpo", 1))
+    pair = 2 * ((64 + 2 * 64) * layers + 2 * 64 * head)  # forward, the prompt once
+    assert offline.flops_of_step(shape, "dpo", 1) == 3 * pair
+    assert offline.flops_of_step(shape, "dpo+ref", 5) == 5 * 4 * pair
+    assert offline.flops_of_step(shape, "sft", 1) == 3 * 2 * 2 * (128 * layers + 127 * head)
 
 
 @pytest.mark.slow
@@ -70,10 +60,11 @@ def test_online_prints_one_figure_each():
 def test_least_seconds_of_a_step_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import online
+    import shapes
 
-    shape, sizes = online.SHAPES["tiny"], online.SIZES["tiny"]
+    shape, sizes = shapes.SHAPES["tiny"], shapes.SIZES["tiny"]
     layers, head = 6 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768), 256 * 1024
-    assert online.weights(shape) == (layers, head)
+    assert shapes.weights(shape) == (layers, head)
     forward = 2 * 16 * 128 * layers
     update = 3 * (2 * forward + 2 * 16 * 64 * head)  # policy and critic; only the policy has logits
     assert online.least_seconds(shape, "ppo-update", sizes, 1.0, 1.0) == pytest.approx(update)
@@ -82,12 +73,13 @@ def test_least_seconds_of_a_step_by_hand(monkeypatch):
     prefill = 2 * 16 * (64 * layers + head)
     slow_memory = online.least_seconds(shape, "generate", sizes, 1e30, 1.0)
     assert slow_memory == pytest.approx(63 * 4 * (layers + head + cache))
+    assert online.least_seconds(shape, "generate", sizes, 1e30, 1.0, width=2) == pytest.approx(slow_memory / 2)
     fast_memory = online.least_seconds(shape, "generate", sizes, 1.0, 1e30)
     assert fast_memory == pytest.approx(63 * 2 * 16 * (layers + head) + prefill)
 
     grpo = online.least_seconds(shape, "grpo-iteration", sizes, 1.0, 1e30)
     shared_prompts = 2 * 4 * (64 * layers + head)  # a group's prompt is read once
-    learn = 4 * (forward + 2 * 16 * 64 * head)  # reference forward, policy forward and backward
+    learn = 4 * 2 * ((4 * 64 + 16 * 64) * layers + 16 * 64 * head)  # reference forward, policy forward and backward
     assert grpo == pytest.approx(63 * 2 * 16 * (layers + head) + shared_prompts + learn)
 
 
@@ -102,3 +94,55 @@ def test_shared_prompts_are_measured_against_plain_rows():
     for figure in figures.values():
         assert figure["ratio"] > 0
         assert 0 < figure["temporary"] < 1  # both were compiled, and the shared one needs less
+
+
+@pytest.mark.slow
+def test_compare_takes_turns_with_a_peer_and_goes_on_without_one_that_cannot_start(tmp_path):
+    """The peer is a second copy of ours; the interpreter given for tunix has none."""
+    command = [sys.executable, FOLDER / "compare.py", "--shape", "toy", "--figure", "dpo", "generate", "--rounds", "2"]
+    others = ["--peer-python", sys.executable, "--tunix-python", sys.executable, "--results", tmp_path]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run([*command, *others], env=env, capture_output=True, text=True, timeout=600, check=True)
+    assert "No module named 'tunix'" in done.stderr
+    (kept,) = tmp_path.glob("*-toy.jsonl")
+    printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert kept.read_text().splitlines() == printed
+    lines = [json.loads(line) for line in printed]
+    assert [(line["figure"], line.get("library", "ratio")) for line in lines] == [
+        (figure, what) for figure in ("dpo", "generate") for what in ("tunix", "rljax", "peer", "ratio")
+    ]
+    for failed, ours, peer, ratio in (lines[:4], lines[4:]):
+        assert "ended early" in failed["error"]
+        assert ratio["ratio"] == "rljax / peer, seconds"
+        assert ratio["ratio_of_best"] == pytest.approx(ours["seconds_best"] / peer["seconds_best"], rel=2e-3)
+        assert {"jax", "python"} <= ours["versions"].keys()
+        assert ours["machine"] == peer["machine"]
+        assert ours["dtype"] == peer["dtype"] == "float32"
+        assert ours["rounds"] == peer["rounds"] == 2
+        row = f"| toy | {ours['figure']} | {ours['seconds']:.3g} | {peer['seconds']:.3g} | "
+        assert row + f"{ratio['median_of_ratios']:.3g} |" in done.stdout
+
+
+def test_groups_that_take_turns_hold_ours_or_one_alone(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import compare
+
+    names = ["rljax", "trl", "tunix"]
+    assert compare.groups(names, 3) == compare.groups(names, 9) == [names]
+    assert compare.groups(names, 2) == [["rljax", "trl"], ["rljax", "tunix"]]
+    assert compare.groups(names, 1) == [["rljax"], ["trl"], ["tunix"]]
+    assert compare.groups(["rljax"], 2) == [["rljax"]]
+
+
+def test_median_of_ratios_is_over_neighbouring_rounds(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import machine
+
+    def worker(*seconds: float) -> machine.Worker:
+        made = machine.Worker.__new__(machine.Worker)
+        made.rounds = [{"seconds": s, "cpu_seconds": 2 * s} for s in seconds]
+        return made
+
+    # The machine slows down in the second round: it slows down for both.
+    found = machine.ratios(worker(1.0, 10.0, 3.0), worker(2.0, 40.0, 4.0))
+    assert found == {"median_of_ratios": 0.5, "ratio_of_best": 0.5, "ratio_of_best_cpu": 0.5}
