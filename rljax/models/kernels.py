@@ -50,7 +50,7 @@ def objection(kernel: str, config: ModelConfig, queries: int, keys: int) -> str 
         if where not in ("tpu", "cpu"):
             return f"splash attention runs on TPUs (and, interpreted, on CPUs), and this is a {where}"
         if where == "tpu" and dtype != "bfloat16":
-            return f"it multiplies in bfloat16, and compute_dtype is {dtype}"
+            return f"splash attention is exact to bfloat16 alone, and compute_dtype is {dtype}"
         return None
     generation = _generation()
     if where != "gpu" or generation < 8:

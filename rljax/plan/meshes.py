@@ -125,6 +125,8 @@ def guess(run: Any, config: ModelConfig, chip: Chip, devices: int) -> Guess:
     kept = {"full": 1.0, "dots": 2 + (heads + 3 * c.intermediate_size) / c.hidden_size / sizes["tensor"]}
     kept["none"] = 2 * kept["dots"]
     scores = here * length * c.num_heads / sizes["tensor"] * 4
+    if chip.sides and run.attention != "xla" and run.compute_dtype != "float32":
+        scores = 0.0  # on TPUs a kernel holds none
     needed = (
         weights * (3 * models + 1) * 4 / split
         + here * c.hidden_size * layers * 2 * kept[run.remat]

@@ -91,10 +91,10 @@ def test_splash_is_the_attention_of_xla(queries, groups, softcap, window):
 
 
 MESHES = [
-    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "fsdp": 1, "tensor": 2, "context": 2},
     {"fsdp": 2, "tensor": 4},  # twice as many as key heads
     {"fsdp": 8},  # twice as many as rows
-    {"fsdp": 1, "tensor": 2, "context": 3},  # each has 100 queries, filled up to 128
+    {"fsdp": 1, "context": 8},  # each has 128 queries: most of them fill up, and are further than a window from a token
 ]
 
 
@@ -267,11 +267,11 @@ def test_key_heads_are_repeated_where_the_mesh_splits_more_heads():
 
 
 def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch):
-    """The gradient of a layer on four chips, each with a row of 1,024 tokens: three kernels, and a plan counts them."""
+    """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, and a plan counts them."""
     pytest.importorskip("libtpu")
     monkeypatch.setattr(kernels, "LARGEST", 512)
     mesh = sharding.make_mesh(devices=topologies.machine("v5e:2x2").devices, fsdp=4)
-    sizes = {"hidden_size": 256, "num_layers": 1, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128}
+    sizes = {"hidden_size": 256, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128}
     model = build(dataclasses.replace(BF16, **sizes, remat="dots"))
     params = jax.eval_shape(model.init, jax.random.key(0))
     placed = sharding.shardings(params, RULES, mesh)
@@ -289,7 +289,7 @@ def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch):
     phases = [re.search("splash_mha_(fwd|dkv|dq)", one.scope) for one in found]
     assert sorted(phase[1] for phase in phases if phase) == ["dkv", "dq", "fwd"]  # "dots" does not compute it twice
     # In blocks of 512, three of four are computed. Two products forward; dkv four, dq three.
-    attention = 2 * (2 + 4 + 3) * (0.75 * 1024**2) * 8 * 128
+    attention = 2 * 2 * (2 + 4 + 3) * (0.75 * 1024**2) * 8 * 128
     others = costs.count(hlo.parse(text.replace("scores_", ""))).flops
     assert costs.count(module).flops - others == attention
 
