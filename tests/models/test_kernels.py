@@ -267,7 +267,7 @@ def test_key_heads_are_repeated_where_the_mesh_splits_more_heads():
 
 
 def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch):
-    """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, and a plan counts them."""
+    """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, which a plan counts."""
     pytest.importorskip("libtpu")
     monkeypatch.setattr(kernels, "LARGEST", 512)
     mesh = sharding.make_mesh(devices=topologies.machine("v5e:2x2").devices, fsdp=4)
