@@ -192,6 +192,13 @@ class Cloud:
         path = self.folder / f"worker{worker}" / "rljax-job" / name
         return path.read_text().strip() if path.exists() else ""
 
+    def shut_down(self, worker: int, number: int = signal.SIGTERM) -> None:
+        """To all that runs there: the program and the shell around it."""
+        pid = int(self.job(worker, "pid"))
+        shell = int(pathlib.Path(f"/proc/{pid}/stat").read_text().split()[3])
+        for process in (shell, pid):
+            os.kill(process, number)
+
     def ended(self, seconds: float = 90) -> list[str]:
         """The exit status of the run on each worker, once all have one."""
         deadline = time.monotonic() + seconds
@@ -247,7 +254,7 @@ def same_as_whole(run: pathlib.Path, whole: pathlib.Path) -> None:
 def test_scripts_are_clean_and_small(script):
     shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
     found = subprocess.run(
-        [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", "--enable=quote-safe-variables", script],
+        [shellcheck, "--enable=quote-safe-variables", script],
         capture_output=True,
         text=True,
         timeout=60,
@@ -286,7 +293,7 @@ def test_a_preempted_run_is_brought_back_and_ends_with_the_same_bits(cloud, whol
     wait_for_record(run, 3, watch)
     (cloud.folder / "state").write_text("SUSPENDING")
     for worker in (0, 1):
-        os.kill(int(cloud.job(worker, "pid")), signal.SIGTERM)
+        cloud.shut_down(worker)
     assert cloud.ended() == ["143", "143"], cloud.job(0, "log")
     stopped = int(max((path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal()), key=int))
     assert 3 <= stopped < 24
@@ -350,8 +357,9 @@ def test_a_run_is_not_started_twice_and_ends_when_told(cloud):
     assert sorted(re.findall("said by .", cloud.do("logs.sh", "--all", "--last", "5"))) == ["said by 0", "said by 1"]
     cloud.do("stop.sh")
     assert cloud.ended() == ["143", "143"]
-    (cloud.folder / "over").touch()
     cloud.do("run.sh", "a.py")
+    assert re.findall("^rljax:.*$", cloud.do("status.sh"), re.MULTILINE) == ["rljax:running"] * 2
+    (cloud.folder / "over").touch()
     assert cloud.ended() == ["0", "0"]
     assert cloud.job(0, "log").count("said by 0") == 2  # what was said before stays
 
@@ -367,31 +375,31 @@ def test_watch_ends_with_the_status_of_a_run_that_failed(cloud):
     assert not (cloud.folder / "state").exists()
 
 
-def test_watch_begins_again_where_a_worker_was_started_again(cloud):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])  # the latter as a power cut: no last word
+def test_watch_begins_again_where_workers_were_told_to_leave_or_started_again(cloud, number):
+    """On the slice that is there; and where a run ended before this watch, which is none of its business."""
     program(cloud.folder / "bin" / "rljax", RECORDS.replace("STATUS", "0"))
     watch = cloud.start("watch.sh", *OPTIONS, "a.py")
     for times in (1, 2):
         deadline = time.monotonic() + 40
-        while cloud.job(1, "log").count("said by 1") < times:
+        while any(cloud.job(worker, "log").count("said by") < times for worker in (0, 1)):
             assert watch.poll() is None, cloud.said(watch)
             assert time.monotonic() < deadline, cloud.said(watch)
             time.sleep(0.1)
         if times == 1:
-            os.kill(int(cloud.job(0, "pid")), signal.SIGTERM)
-            job = cloud.folder / "worker1" / "rljax-job"
-            # As after a power cut: neither a process nor its last word.
-            shell = int(pathlib.Path(f"/proc/{cloud.job(1, 'pid')}/stat").read_text().split()[3])
-            os.kill(shell, signal.SIGKILL)
-            os.kill(int((job / "pid").read_text()), signal.SIGKILL)
+            cloud.shut_down(0, number)
+            cloud.shut_down(1, number)
     (cloud.folder / "over").touch()
     assert watch.wait(30) == 0
-    assert "rljax:lost" in cloud.said(watch)
+    cloud.do("watch.sh", *OPTIONS, "a.py")
+    assert cloud.job(0, "log").count("said by 0") == 3
     assert [call[0] for call in cloud.calls()].count("create") == 1
 
 
 def test_watch_gives_up_where_nothing_can_be_set_up(cloud):
     program(cloud.folder / "bin" / "python3", "#!/bin/sh\nexit 1\n")
     assert "three times in a row" in cloud.do("watch.sh", *OPTIONS, "a.py", status=2)
+    assert [call[0] for call in cloud.calls()].count("ssh") == 2 * 3  # each time after a look
     cloud.do("delete.sh")
     cloud.do("create.sh", *OPTIONS)
     (cloud.folder / "state").write_text("FAILED")
@@ -406,6 +414,7 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(cloud):
     lines = re.split(r"^\+ ", printed, flags=re.MULTILINE)[1:]
     asked = [shlex.split(line)[1 + len(PREFIX) : -5] for line in lines]
     assert [call[0] for call in asked] == ["describe", "delete", "create", "scp", "ssh", "ssh", "ssh"]
+    assert asked[3] == ["scp", "it's here.py", "my-slice:", "--recurse", "--node=all", "--worker=all"]
     (cloud.folder / "it's here.py").touch()
     program(cloud.folder / "bin" / "rljax", RECORDS.replace("STATUS", "0"))
     (cloud.folder / "over").touch()

@@ -15,7 +15,7 @@ need PACKAGE '--package rljax[tpu]==0.1.0'
 run=("$here/run.sh" "${OPTIONS[@]}" -- "${REST[@]}") begun='' tries=0
 
 attempt() { "$@" || { tries=$((tries + 1)) && [ "$tries" -lt 3 ] || fail "this failed three times in a row: ${1##*/}"; }; }
-setup_and_run() { begun=yes && "$here/setup.sh" "${OPTIONS[@]}" && "${run[@]}"; }
+setup_and_run() { "$here/setup.sh" "${OPTIONS[@]}" && "${run[@]}" && begun=yes; }
 
 state() { # of the request; absent where there is none
   local said
