@@ -252,6 +252,7 @@ def _iteration_in_parts(run: Any, parts: Any, learner: Any, shardings: Any, refe
 
     asked, key, params = rewards.as_rewards(run.reward), jax.random.key(0), learner.train.params
     rows = run.batch * run.group
+    texts, asked_ids = [""] * rows, list(np.asarray(prompts.ids).repeat(run.group, axis=0))
     sample, first = _compile(parts.sample, params, prompts, key)
     rollout = jax.eval_shape(parts.sample, params, prompts, key)
     annotate, second = _compile(parts.annotate, params, reference, rollout)
@@ -270,8 +271,8 @@ def _iteration_in_parts(run: Any, parts: Any, learner: Any, shardings: Any, refe
         notes = annotate(params, reference, rollout)
         ids, mask = np.asarray(rollout.tokens.ids), np.asarray(rollout.tokens.mask)
         completions = [row[where] for row, where in zip(ids, mask, strict=True)]
-        judging = rewards.start(asked, [""] * rows, [""] * rows, fields={}, completion_ids=completions)
-        verdict = jax.device_put(collect.verdict_of(judging.result(), mask))
+        judging = rewards.start(asked, texts, texts, fields={}, prompt_ids=asked_ids, completion_ids=completions)
+        verdict = jax.device_put(collect.verdict_of(judging.result(timeout=600), mask))
         learner, metrics, _ = learn(learner, rollout, notes, verdict, None, key)
         jax.block_until_ready((learner, metrics))
 

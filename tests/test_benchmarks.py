@@ -57,6 +57,17 @@ def test_online_prints_one_figure_each():
     assert grpo > 3 * 4 * (layers + head)  # weights and two moments
 
 
+@pytest.mark.slow
+def test_online_measures_rewards_on_the_host():
+    command = [sys.executable, FOLDER / "online.py", "--shape", "toy", "--figure", "grpo-iteration", "--reward", "host"]
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
+    short = ["--rounds", "1", "--warm-up", "1"]
+    done = subprocess.run([*command, *short], env=env, capture_output=True, text=True, timeout=600, check=True)
+    figure = json.loads(done.stdout)
+    assert figure["reward"] == "host"
+    assert figure["seconds"] > 0
+
+
 def test_least_seconds_of_a_step_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import online
