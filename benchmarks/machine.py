@@ -95,7 +95,7 @@ def torch_matmul_peak() -> Callable[[], float]:
 
 def on_cuda() -> bool:
     """Whether this process works with torch on a GPU."""
-    return "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
+    return "jax" not in sys.modules and "torch" in sys.modules and sys.modules["torch"].cuda.is_available()
 
 
 def synchronize() -> None:
