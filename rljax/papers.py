@@ -102,7 +102,7 @@ def band(axis: Any, x: Any, values: Any, label: str, color: str, **how: Any) -> 
 
 def find(names: Sequence[str], folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of these reproductions, all for none. ValueError for a name that is none, with those that are."""
-    files = {file.stem: file for file in sorted(folder.glob("*.py"))}
+    files = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
     if not files:
         raise ValueError(f"there are no reproductions in {folder}: give the folder with --folder, experiments/papers")
     unknown = [name for name in names if name not in files]

@@ -149,10 +149,11 @@ def draw_ends(sampled: dict[str, np.ndarray], best: np.ndarray, ipo: np.ndarray)
     drawn, ((axis,),) = papers.figure(size=(6.4, 3.4))
     names = {"π_ref": np.exp(REF_LOGPS), "π*": best, **sampled, "IPO's π*": ipo}
     width = 0.8 / len(names)
+    colors = ("#bbbbbb", "#000000", *plots.COLORS[: len(sampled)], "#777777")
     for i, (name, policy) in enumerate(names.items()):
         mean = np.atleast_2d(policy).mean(0)
-        axis.bar(np.arange(5) + (i - len(names) / 2 + 0.5) * width, mean, width, label=name, color=plots.COLORS[i % 7])
+        axis.bar(np.arange(5) + (i - len(names) / 2 + 0.5) * width, mean, width, label=name, color=colors[i])
     axis.set(xlabel="action (reward)", ylabel="probability", xticks=range(5))
     axis.set_xticklabels([f"{reward:g}" for reward in np.asarray(REWARDS)])
-    axis.legend(ncols=2)
+    axis.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return drawn
