@@ -2,7 +2,7 @@
 # Start the same `rljax run` on every worker, in its home. It goes on when this terminal is gone; logs.sh shows what it
 # says, stop.sh ends it, and the same command again resumes.
 #
-#   run.sh --name my-slice --zone us-west4-a dpo.py --steps 2000 --learning_rate 5e-7
+#   run.sh --name my-slice --zone us-west4-a simpo.py --steps 2000 --learning_rate 5e-7
 #
 # --name, --zone   or NAME and ZONE
 # --project        or PROJECT, else gcloud's own

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install rljax on every worker, in ~/rljax-env, and copy files there. Again is harmless.
 #
-#   setup.sh --name my-slice --zone us-west4-a --package 'rljax[tpu]==0.1.0' --copy dpo.py --copy pairs.jsonl
+#   setup.sh --name my-slice --zone us-west4-a --package 'rljax[tpu]==0.1.0' --copy simpo.py --copy pairs.jsonl
 #
 # --name, --zone   or NAME and ZONE
 # --package        or PACKAGE: a version (rljax[tpu]==0.1.0), a revision ('rljax[tpu] @ git+https://HOST/rljax@REVISION'),

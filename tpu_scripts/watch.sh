@@ -2,7 +2,7 @@
 # Keep a run going until it is over: create the slice where there is none, set it up, run, look every minute, and after
 # a preemption do it all again. The run resumes from its checkpoints, which have to lie on what outlives the slice.
 #
-#   watch.sh --name my-slice --zone us-west4-a … --spot --mount 10.0.0.2:/share --copy dpo.py dpo.py --steps 2000
+#   watch.sh --name my-slice --zone us-west4-a … --spot --mount 10.0.0.2:/share --copy simpo.py simpo.py --steps 2000
 #
 # Options are those of create.sh and setup.sh, and:
 # --every 60   or EVERY: seconds between two looks
