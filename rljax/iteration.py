@@ -110,13 +110,13 @@ def build(
 
     @jax.named_scope("sample")
     def sample(params: Params, prompts: Tokens, key: Array) -> Rollout:
-        here = {"n": run.group, "slots": run.slots, **draw}
+        here = {"n": run.group, "slots": run.slots, "gather": run.gather, **draw}
         return sampling.generate(model, decoder_params(params), prompts, jax.random.fold_in(key, 0), **here)
 
     @jax.named_scope("sample_greedy")
     def sample_greedy(params: Params, prompts: Tokens) -> Rollout:
         greedy = draw | {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}
-        return sampling.generate(model, decoder_params(params), prompts, jax.random.key(0), **greedy)
+        return sampling.generate(model, decoder_params(params), prompts, jax.random.key(0), gather=run.gather, **greedy)
 
     @jax.named_scope("annotate")
     def annotate(params: Params, reference: Params | None, rollout: Rollout) -> Notes:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from rljax import filters, sharding
 from rljax.filters import filter_logits
-from rljax.models import Cache, init_cache, repeat_cache, unstack
+from rljax.models import RULES, Cache, init_cache, repeat_cache, unstack
 from rljax.models.cache import insert, lengthen
 from rljax.models.heads import last_token
 from rljax.types import LanguageModel, Params, Rollout, Tokens
@@ -23,6 +23,7 @@ __all__ = ["filter_logits", "generate"]
 
 BLOCK = 128  # tokens of the vocabulary that share a sum when one is drawn
 REFILL = 4  # slots are refilled when one in so many is free
+GATHER = 8.0  # GiB of a device for weights that decoding has whole, instead of gathering them at every token
 
 
 def generate(
@@ -40,6 +41,7 @@ def generate(
     min_new_tokens: int = 0,
     stop_ids: tuple[int, ...] = (),
     slots: int | None = None,
+    gather: float = GATHER,
 ) -> Rollout:
     """Continue every prompt n times until a row writes one of `stop_ids` or `max_new_tokens` tokens.
 
@@ -54,6 +56,8 @@ def generate(
       same settings computes them again. Temperature, top_p and min_p may be traced.
     slots: how many rows are written at once, a multiple of n; None writes all. With fewer slots than rows, those whose
       rows have stopped get the next prompts, a quarter of the slots at a time, and the tokens are the same ones.
+    gather: on a mesh that splits the weights over fsdp they are gathered once, in the dtype of the products and still
+      split over tensor, where that takes at most so many GiB of a device; else layer by layer at every token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -76,6 +80,7 @@ def generate(
         min_new_tokens=min_new_tokens,
         stop_ids=stop_ids,
         slots=slots,
+        gather=gather,
     )
 
 
@@ -87,7 +92,7 @@ def _known(number: Any) -> Any:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots")
+    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots", "gather")
 )
 def _generate(
     model: LanguageModel,
@@ -104,10 +109,12 @@ def _generate(
     min_new_tokens: int,
     stop_ids: tuple[int, ...],
     slots: int | None,
+    gather: float,
 ) -> Rollout:
     """`generate`, compiled; its numbers are checked before, since here they are traced."""
     rows = prompts.ids.shape[0] * n
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    params = sharding.gathered(params, RULES, model.config.compute_dtype, limit=gather * 2**30)
     if sharding.platform() == "cpu":
         params = unstack(params)  # else XLA copies each layer's slice at every token; on accelerators memory is dearer
     task = _Task(

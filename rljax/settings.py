@@ -14,6 +14,7 @@ from rljax import advantages, losses
 from rljax.environments import Environment
 from rljax.filters import Sampling
 from rljax.program import Run
+from rljax.sampling import GATHER
 
 DPO = functools.partial(losses.dpo_loss, beta=0.1)
 VALUE_CLIP = functools.partial(losses.value_clip_loss, clip=0.2)
@@ -34,6 +35,7 @@ class Sampled(Run):
     group: int = 1  # completions of each prompt
     share_prompts: bool = True  # compute a prompt once for its completions; changes speed and rounding only
     slots: int | None = None  # rows written at a time, finished ones making room for the next; None: all at once
+    gather: float = GATHER  # GiB of a device for weights that sampling gathers once, not at every token
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None

@@ -179,3 +179,28 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
         tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in known) for axis in axes
     )
     return jax.lax.with_sharding_constraint(x, divisible(P(*present), x.shape, mesh))
+
+
+def gathered(params: Any, rules: Rules, dtype: str, *, limit: float) -> Any:
+    """Inside `jit`: params without their split over fsdp, cast to the dtype that they are used in, if what one device
+    then has of them takes at most `limit` bytes; else (and without a mesh that has fsdp) as they are.
+
+    A loop that reads all weights in every round then gathers them once. Leaves that fsdp does not split stay as they
+    are. Their cast comes before the exchange, which is of so many bytes less.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("fsdp", 1) == 1:
+        return params
+    split = jax.tree.map(lambda x, spec: divisible(spec, x.shape, mesh), params, specs(params, rules))
+    whole = jax.tree.map(lambda spec: P(*(None if axes == "fsdp" else axes for axes in spec)), split)
+
+    def held(x: Array, spec: P) -> int:
+        return x.size // math.prod(ways(axes, mesh) for axes in spec) * jax.numpy.dtype(dtype).itemsize
+
+    if sum(jax.tree.leaves(jax.tree.map(held, params, whole))) > limit:
+        return params
+
+    def one(x: Array, before: P, after: P) -> Array:
+        return x if before == after else constrain(constrain(x.astype(dtype), *before), *after)
+
+    return jax.tree.map(one, params, split, whole)

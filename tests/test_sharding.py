@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from rljax import sharding
+from rljax import sampling, sharding
 from rljax.models import RULES, ModelConfig, build, reward_model
+from tests import tiny
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -135,3 +137,34 @@ def test_every_mesh_computes_the_same(sizes, pinned):
     np.testing.assert_allclose(np.where(real, logits, 0), np.where(real, expected, 0), atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected_gradient)
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, gradient, places)))
+
+
+@pytest.mark.parametrize("gather", [8.0, 0.0])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}])
+def test_a_mesh_writes_the_same(sizes, gather):
+    """Tokens and log-probabilities of one device, whether the weights are gathered once or at every token."""
+    mesh, prompts = sharding.make_mesh(**sizes), tiny.tokens(8, 8)
+    settings = {"max_new_tokens": 6, "gather": gather}
+    one = sampling.generate(tiny.model(), tiny.params(), prompts, jax.random.key(0), **settings)
+    params = jax.device_put(tiny.params(), sharding.shardings(tiny.params(), RULES, mesh))
+    placed = jax.device_put(prompts, sharding.batch_shardings(prompts, mesh))
+    with jax.set_mesh(mesh):
+        many = sampling.generate(tiny.model(), params, placed, jax.random.key(0), **settings)
+    np.testing.assert_array_equal(many.tokens.ids, one.tokens.ids)
+    np.testing.assert_allclose(many.logps, one.logps, atol=1e-5)
+
+
+def test_weights_are_gathered_where_there_is_room():
+    """The limit is on bytes of a device, in the dtype of the products; what fsdp does not split stays as it is."""
+    mesh, params = sharding.make_mesh(fsdp=4, tensor=2), tiny.params()
+    places = sharding.shardings(params, RULES, mesh)
+    needed = 2 * sum(
+        math.prod(place.shard_shape(x.shape)) * (4 if "fsdp" in place.spec else 1)
+        for x, place in zip(jax.tree.leaves(params), jax.tree.leaves(places), strict=True)
+    )
+    with jax.set_mesh(mesh):
+        for limit, dtype in ((needed, jnp.bfloat16), (needed - 1, jnp.float32)):
+            make = functools.partial(sharding.gathered, rules=RULES, dtype="bfloat16", limit=limit)
+            out = jax.eval_shape(make, params)
+            assert out["layers"]["mlp"]["up"]["kernel"].dtype == dtype
+            assert out["final_norm"]["scale"].dtype == jnp.float32
