@@ -49,7 +49,7 @@ __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient
 
 HARMLESS = ("keep", "samples", "checks", "profile", "wandb", "out", "name", "save_every", "evidence")
 HARMLESS += ("reward_timeout", "max_rounds")
-HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll")  # but for rounding
+HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll", "gather")  # but for rounding
 HEADLINE = "objective/scores"
 
 
