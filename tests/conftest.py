@@ -1,5 +1,6 @@
 """Strict JAX for every test: eight fake CPU devices, no silent rank promotion, shapes checked in the mathematics."""
 
+import gc
 import os
 import pathlib
 
@@ -24,6 +25,18 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """A process may have so many pieces of memory (Linux: 65,530), each compiled program has some, and the compiler
+    crashes without one: a worker that has passed many files lets their programs go.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:
+        gc.collect()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

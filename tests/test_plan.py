@@ -128,7 +128,7 @@ def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
     assert update["needed"] == sum(update["memory"].values()) < 7 * 2**30
     assert update["binding"] == "compute"
     assert update["step"] == update["seconds"]["compute"] == update["flops"] / 197e12
-    assert rss < 4 * 2**30
+    assert rss < 7 * 2**30
 
 
 @pytest.mark.slow
@@ -182,10 +182,13 @@ def test_the_compilers_words_are_understood(message, needed):
 
 
 def bare(text):
-    """HLO without where it comes from."""
+    """HLO without where it comes from, its names numbered in the order in which they come."""
     text = re.sub(r", metadata=\{[^}]*\}", "", text)
     text = re.sub(r"(?ms)^(FileNames|FunctionNames|FileLocations|StackFrames)$.*?^$", "", text)
-    return re.sub(r", entry_computation_layout=.*", "", text)
+    text = re.sub(r", entry_computation_layout=.*", "", text)
+    numbers: dict[str, int] = {}
+    named = r"(?<![\w.])([A-Za-z_][\w-]*)((?:\.\w+)+)"
+    return re.sub(named, lambda name: f"{name[1]}.{numbers.setdefault(name[0], len(numbers))}", text)
 
 
 def test_bare_text_is_still_a_program():
