@@ -70,11 +70,13 @@ def length(prompts, completions):
 experiment = presets.ppo_huang2024(model=MODEL, data="none.jsonl", reward=length, batch=512, minibatches=1, epochs=1,
     max_prompt=512, max_completion=512, remat="full")"""
 
-PEAK = """
-import json, resource, sys
+# The kernel's own count: that of `getrusage` begins with what the parent held when it forked.
+PEAK = r"""
+import json, pathlib, re, sys
 from rljax import cli
 status = cli.main(sys.argv[1:])
-print(json.dumps({"status": status, "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+peak = int(re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+print(json.dumps({"status": status, "rss": peak}))
 """
 
 
@@ -128,7 +130,7 @@ def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
     assert update["needed"] == sum(update["memory"].values()) < 7 * 2**30
     assert update["binding"] == "compute"
     assert update["step"] == update["seconds"]["compute"] == update["flops"] / 197e12
-    assert rss < 7 * 2**30
+    assert rss < 4 * 2**30
 
 
 @pytest.mark.slow
