@@ -83,5 +83,6 @@ def reproduce(*, seeds: int, quick: bool) -> papers.Result:
     right.plot(NUMBERS, NUMBERS / (NUMBERS + 1), color="#000000", linestyle=(0, (4, 2)), label="n / (n + 1)")
     left.set(xscale="log", xlabel="n", ylabel="KL(best-of-n ‖ π_ref) [nats]")
     right.set(xscale="log", xlabel="n", ylabel="chance to beat one sample")
-    left.legend(), right.legend()
+    left.legend()
+    right.legend()
     return papers.Result(checks, {"KL and chance to win, exactly, and their bounds": drawn})

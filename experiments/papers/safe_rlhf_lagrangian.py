@@ -101,5 +101,6 @@ def draw(found: dict[float, dict[str, np.ndarray]], kept: dict[float, dict[str, 
     costs.set(xlabel="step", ylabel="mean cost")
     multipliers.set(xlabel="step", ylabel="λ")
     ends.set(xlabel="mean cost at the end", ylabel="mean reward at the end")
-    costs.legend(), ends.legend()
+    costs.legend()
+    ends.legend()
     return drawn
