@@ -45,7 +45,7 @@ def load(run: Any, start: policy.Policy, mesh: Mesh) -> Critic | None:
             f"critic={run.critic!r} has a vocabulary of {theirs.vocab_size} tokens, the policy one of {ours.vocab_size}"
             ": a critic reads the policy's tokens, so both need the same tokenizer"
         )
-    how = {name: getattr(ours, name) for name in ("compute_dtype", "attention", "remat", "unroll")}
+    how = {name: getattr(ours, name) for name in models.COMPUTED}
     unembed = {"unembed": start.params["unembed"]} if "unembed" in start.params and "unembed" in params["model"] else {}
     return Critic(
         models.build(dataclasses.replace(theirs, **how)),

@@ -24,6 +24,9 @@ class Rope:
     long_factor: tuple[float, ...] = ()  # longrope, beyond
 
 
+COMPUTED = ("compute_dtype", "attention", "remat", "unroll")  # fields that say how a model is computed, not what it is
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer. Frozen and hashable, so it can be a static argument of `jit`."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.models import hf_read, hf_write
-from rljax.models.config import ModelConfig, Rope
+from rljax.models.config import COMPUTED, ModelConfig, Rope
 from rljax.models.families import FAMILIES, Family, family_of, model_config
 from rljax.models.hf_read import NOTE, Checkpoint
 from rljax.models.rules import RULES
@@ -152,7 +152,7 @@ def _with_source(config: ModelConfig, checkpoint: Checkpoint, note: dict[str, An
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
-_RUNTIME = ("compute_dtype", "attention", "remat", "unroll", "source")
+_RUNTIME = (*COMPUTED, "source")
 
 
 def _architecture_fields(config: ModelConfig) -> dict[str, Any]:

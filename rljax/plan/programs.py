@@ -223,7 +223,7 @@ def _critic(run: Any, start: policy.Policy, mesh: Mesh) -> critics.Critic | None
         return None
     if run.critic in ("policy", "shared"):
         return critics.load(run, start, mesh)
-    how = {name: getattr(start.model.config, name) for name in ("compute_dtype", "attention", "remat", "unroll")}
+    how = {name: getattr(start.model.config, name) for name in models.COMPUTED}
     model, params = _scored(run.critic, run.dtype, mesh, how)
     if "unembed" in start.params:
         params["model"]["unembed"] = start.params["unembed"]
