@@ -18,14 +18,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType, NoneType
 from typing import Any
 
-import jax
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, distributed, evidence, hosts, offline, online, papers, progress
+from rljax import artefacts, compilation, distributed, evidence, hosts, offline, online, papers, progress
 from rljax import plan as planning
 from rljax import report as reports
-from rljax.models import resolve
 
 PLAIN = (bool, int, float, str)  # what can be written on a command line
 USAGE = """usage: rljax COMMAND …
@@ -55,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in (run, selfcheck):
             distributed.initialize()
         if command in (run, selfcheck, reproduce):
-            _keep_programs()
+            compilation.keep_programs()
         return command(argv[1:])
     except (ValueError, FileNotFoundError, ImportError) as error:
         if not isinstance(error, hosts.AgreedError):  # else all processes leave by themselves
@@ -69,16 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _keep_programs() -> None:
-    """What is compiled is kept for the next start, in rljax's cache folder or where JAX_COMPILATION_CACHE_DIR says.
-    JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(resolve.cache_folder() / "programs"))
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
 def run_file(file: str) -> None:
     """What an experiment file calls at its end, so that `python FILE …` is `rljax run FILE …`."""
     raise SystemExit(main(["run", file, *sys.argv[1:]]))
@@ -86,6 +74,7 @@ def run_file(file: str) -> None:
 
 def run(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "run")
+    compilation.hide_false_alarms()
     status: Any = experiment() if callable(experiment) else program_of(experiment).run(experiment, file)
     return int(status or 0)
 
@@ -99,6 +88,7 @@ def selfcheck(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "selfcheck")
     if callable(experiment):
         raise ValueError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
+    compilation.hide_false_alarms()
     return program_of(experiment).selfcheck(experiment, file)
 
 
@@ -252,6 +242,7 @@ def reproduce(argv: Sequence[str]) -> int:
             raise ValueError(f"--seeds must be at least 1, got {seeds}")
         pages, kind = pathlib.Path(out or ("runs/papers" if quick else "docs/papers")), " --quick" if quick else ""
         failed = []
+        compilation.hide_false_alarms()
         for file in papers.find(names, pathlib.Path(folder)):
             print(f"{file.stem} …", flush=True)
             done = papers.run(file, import_file, seeds=seeds, quick=quick)

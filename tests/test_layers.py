@@ -25,7 +25,7 @@ LEVELS = [
     {"tracking", "tasks", "rewards", "methods", "critics"},
     {"environments"},
     {"report", "program", "selfchecks", "iteration"},
-    {"prompts", "papers"},
+    {"prompts", "papers", "compilation"},
     {"judges", "settings", "evidence"},
     {"episodes"},
     {"presets", "collect", "evaluation"},
