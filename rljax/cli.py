@@ -21,7 +21,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, compilation, distributed, evidence, hosts, offline, online, papers, progress
+from rljax import artefacts, compare, compilation, distributed, evidence, hosts, offline, online, papers, progress
 from rljax import plan as planning
 from rljax import report as reports
 
@@ -34,7 +34,7 @@ USAGE = """usage: rljax COMMAND …
   inspect RUN [--step N]            what a step did to single tokens: log-probabilities, advantages, ratios
   sample RUN_OR_MODEL               let a run, a checkpoint folder or a named model write
   export RUN FOLDER                 a Hugging Face checkpoint of a run's best (or last) weights
-  report RUN                        write report.md and its plots again
+  report RUN …                      write report.md and its plots again; of several runs, a page that compares them
   reproduce [NAME …]                claims of papers: criterion, measured, verdict, and a page for each
 
 `rljax COMMAND --help` lists the options of each."""
@@ -209,11 +209,30 @@ def export(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
-    """report.md and its plots."""
+    """report.md and its plots, or runs in comparison."""
 
-    def command(run: tyro.conf.Positional[str]) -> int:
-        """Write report.md and the plots of a run again."""
-        print(reports.write_report(run))
+    def command(
+        runs: tyro.conf.Positional[tuple[str, ...]],
+        out: str | None = None,
+        metrics: str = "",
+        ignore: str = "",
+        interval: typing.Literal["confidence", "range"] = "confidence",
+    ) -> int:
+        """Write report.md and the plots of a run again; of several runs, a page that compares them (comparison.html).
+
+        Args:
+            runs: the folder of a run, or those of several, finished or not: runs/*
+            out: where the comparison goes; the folder `comparison` beside the first run
+            metrics: which are compared, a,b,c; all that every group has
+            ignore: settings a,b,c that may differ, besides seed and name, between runs that are taken for one group
+            interval: of a group: the 95% confidence interval of its mean, or its range
+        """
+        if len(runs) == 1 and [out, metrics, ignore] == [None, "", ""]:
+            print(reports.write_report(runs[0]))
+        else:
+            named = {"metrics": metrics, "ignore": ignore}
+            lists = {key: [name.strip() for name in text.split(",") if name.strip()] for key, text in named.items()}
+            print(compare.write(runs, out=out, interval=interval, **lists))
         return 0
 
     return tyro.cli(command, args=list(argv), prog="rljax report")

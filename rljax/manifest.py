@@ -75,18 +75,17 @@ def differences(
     """["loss.beta was 0.1 and is 0.2", …]; [] where nothing was written before."""
     if there is None:
         return []
-    old, new = _flat(there), _flat(here)
+    old, new = flat(there), flat(here)
     names = [name for name in dict.fromkeys((*old, *new)) if name.split(".")[0] not in may_change]
     return [f"{n} was {old.get(n, 'absent')} and is {new.get(n, 'absent')}" for n in names if old.get(n) != new.get(n)]
 
 
-def _flat(value: Any, name: str = "") -> dict[str, str]:
+def flat(value: Any, name: str = "") -> dict[str, str]:
+    """{"loss.beta": "0.1", …}: nested settings by their dotted names, the values as JSON."""
     if not isinstance(value, Mapping) or not value:
         return {name: json.dumps(value)}
     return {
-        path: text
-        for key, item in value.items()
-        for path, text in _flat(item, f"{name}.{key}" if name else key).items()
+        path: text for key, item in value.items() for path, text in flat(item, f"{name}.{key}" if name else key).items()
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -56,6 +56,7 @@ LABELS = {
     "logps": "log-probability",
 }
 COUNTERS = {"step", "num_tokens", "epoch"}
+LONG = 40  # curves of so many points are smoothed
 
 
 def draw_curves(metrics: Rows, timing: Rows = ()) -> list[tuple[str, Figure]]:
@@ -66,12 +67,11 @@ def draw_curves(metrics: Rows, timing: Rows = ()) -> list[tuple[str, Figure]]:
         points = [(row["step"], math.nan if row[name] is None else row[name]) for row in metrics if name in row]
         if plain in COUNTERS or not any(math.isfinite(value) for _, value in points):
             continue
-        definition = define(plain)
-        panels.setdefault(definition.group if definition else plain, {})[name] = points
-    pages = {title: [group for group in groups if group in panels] for title, groups in PAGES.items()}
+        panels.setdefault(group_of(plain), {})[name] = points
+    shown = {title: [group for group in groups if group in panels] for title, groups in PAGES.items()}
     known = {group for groups in PAGES.values() for group in groups}
-    pages["More metrics"] = [group for group in panels if group not in known]
-    drawn = [(title, _page({group: panels[group] for group in groups})) for title, groups in pages.items() if groups]
+    shown["More metrics"] = [group for group in panels if group not in known]
+    drawn = [(title, _page({group: panels[group] for group in groups})) for title, groups in shown.items() if groups]
     speed = [(row["step"], row["tokens_per_second"]) for row in timing if "tokens_per_second" in row]
     return [*drawn, *([("Throughput", _page({"tokens/s": {"tokens/s": speed}}))] if speed else [])]
 
@@ -103,19 +103,13 @@ def _panel(axis: Axes, group: str, curves: Mapping[str, list[tuple[float, float]
         if name.startswith("eval/"):
             marker = {"marker": "o", "markersize": 4, "markerfacecolor": "white"}
             axis.plot(steps, values, color=color, linestyle=(0, (4, 2)), linewidth=1.5, label=name, zorder=3, **marker)
-        elif len(points) >= 40 and group != "learning_rate":
+        elif len(points) >= LONG and group != "learning_rate":
             axis.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
             axis.plot(steps, smooth(values), color=color, linewidth=1.8, label=f"{name} (smoothed)")
         else:
             axis.plot(steps, values, color=color, linewidth=1.8, label=name, marker="o" if len(points) == 1 else "")
-    definition = define(plain[0])
-    unit = definition.unit if definition else ""
-    label = LABELS.get(group, plain[0])
-    axis.set(
-        title=", ".join(plain) if len(plain) < 3 else group,
-        xlabel="step",
-        ylabel=f"{label} [{unit}]" if unit else label,
-    )
+    title = ", ".join(plain) if len(plain) < 3 else group
+    axis.set(title=title, xlabel="step", ylabel=axis_label(plain[0], LABELS.get(group)))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if group == "accuracy":
         axis.set_ylim(-0.02, 1.02)
@@ -124,6 +118,28 @@ def _panel(axis: Axes, group: str, curves: Mapping[str, list[tuple[float, float]
         axis.set_ylim(bottom=0)
     if len(curves) > 1 or (len(curves) == 1 and axis.get_legend_handles_labels()[1] != plain):
         axis.legend(loc="best")
+
+
+def axis_label(metric: str, label: str | None = None) -> str:
+    """What an axis of a metric is called (`label`, else its name), with the unit."""
+    definition = define(metric)
+    unit = definition.unit if definition else ""
+    return f"{label or metric} [{unit}]" if unit else label or metric
+
+
+def pages(metrics: Collection[str]) -> dict[str, list[str]]:
+    """{title of a page: its metrics}, in the order of reports; held-out data beside training."""
+    groups = {name: group_of(name) for name in sorted(metrics, key=lambda name: (name.removeprefix("eval/"), name))}
+    found = {title: [m for g in wanted for m in groups if groups[m] == g] for title, wanted in PAGES.items()}
+    known = {name for names in found.values() for name in names}
+    found["More metrics"] = [name for name in groups if name not in known]
+    return {title: names for title, names in found.items() if names}
+
+
+def group_of(metric: str) -> str:
+    """Metrics of one group belong together; one without a definition is its own."""
+    definition = define(metric)
+    return (definition.group if definition else "") or metric.removeprefix("eval/")
 
 
 def smooth(values: Sequence[float]) -> list[float]:

@@ -1,0 +1,206 @@
+"""Runs side by side: which of them are seeds of one setting, and what they measured, with an interval over seeds."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+from rljax import plots
+from rljax.manifest import flat, read_json
+from rljax.tracking import read_rows
+
+Rows = Sequence[Mapping[str, Any]]
+
+SAME = ("seed", "name", "out", "keep", "checks", "wandb", "profile")  # runs that differ in these alone are one group
+SEED = r"[-_. ]*(seed|s)?[-_. =]*\d+$"  # how a name may end that says a seed
+INTERVALS = {
+    "confidence": "95% confidence interval of the mean over runs (Student's t)",
+    "range": "from the smallest run to the largest",
+}
+
+
+class Run(NamedTuple):
+    """What a run has left on the disk so far."""
+
+    name: str  # of its folder; longer where two are called alike
+    settings: Mapping[str, str]  # experiment.json, flat
+    surroundings: Mapping[str, str]  # code, versions and devices of its last start
+    seed: int | None
+    steps: int | None  # planned
+    metrics: Rows
+    timing: Rows
+    samples: Rows
+
+    @property
+    def step(self) -> int:
+        """The last that is recorded; 0 where nothing is."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+
+class Group(NamedTuple):
+    """Runs that differ in seed or name alone."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+
+class Curve(NamedTuple):
+    """A metric over the steps that all runs of a group have. A run that does not have the metric at all is left out."""
+
+    steps: np.ndarray  # [k]
+    values: np.ndarray  # [n k], a row for each run; NaN where a value was not finite
+
+
+class Band(NamedTuple):
+    """[k] each; NaN where a run's value is. Of a single run, low and high are its values."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+# --- from the disk ----------------------------------------------------------------------------------------------------
+
+
+def read(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """What is in these folders, which may still be written to. ValueError for one that is no run or is given twice."""
+    paths = [pathlib.Path(folder) for folder in folders]
+    for index, path in enumerate(paths):
+        if not (path / "metrics.jsonl").is_file():
+            inside = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
+            hint = f"; it holds runs: give {inside[0]} and so on" if inside else ""
+            raise ValueError(f"{path} is not the folder of a run: it has no metrics.jsonl{hint}")
+        if path.resolve() in [other.resolve() for other in paths[:index]]:
+            raise ValueError(f"{path} is given twice: it would count as two seeds")
+    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The ends of the paths, as short as they are still told apart."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read(path: pathlib.Path, name: str) -> Run:
+    experiment, manifest = read_json(path / "experiment.json") or {}, read_json(path / "manifest.json") or {}
+    session = (manifest.get("sessions") or [{}])[-1]
+    git = session.get("rljax_git") or session.get("git")
+    found = {f"{package} version": str(version) for package, version in session.get("versions", {}).items()}
+    found["devices"] = ", ".join(f"{count} × {kind}" for kind, count in session.get("devices", {}).items())
+    found["code"] = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
+    return Run(
+        name=name,
+        settings=flat(experiment) if experiment else {},
+        surroundings={key: value for key, value in found.items() if value},
+        seed=manifest.get("seed"),
+        steps=experiment.get("steps"),
+        metrics=read_rows(path / "metrics.jsonl"),
+        timing=read_rows(path / "timing.jsonl"),
+        samples=read_rows(path / "samples.jsonl"),
+    )
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def group(runs: Sequence[Run], *, ignore: Collection[str] = ()) -> list[Group]:
+    """Runs whose settings are the same but for `SAME` and the fields in `ignore`, in the order of their first ones."""
+    found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
+    for run in runs:
+        key = {name: value for name, value in run.settings.items() if name.split(".")[0] not in (*SAME, *ignore)}
+        found.setdefault(tuple(sorted(key.items())), []).append(run)
+    labels = _labels(list(map(dict, found)), list(found.values()))
+    return [Group(label, tuple(members)) for label, members in zip(labels, found.values(), strict=True)]
+
+
+def _labels(settings: Sequence[Mapping[str, str]], members: Sequence[Sequence[Run]]) -> list[str]:
+    """What tells groups apart where that is short, else the names of their runs, without a seed."""
+    differing = [name for name, values in table(settings) if len(set(values)) > 1]
+    labels = [", ".join(_short(name, each.get(name)) for name in differing) for each in settings]
+    if not differing or max(map(len, labels)) > 40:
+        bare = [{re.sub(SEED, "", run.name) for run in runs} for runs in members]
+        labels = [names.pop() if len(names) == 1 else runs[0].name for names, runs in zip(bare, members, strict=True)]
+    return labels if len(set(labels)) == len(labels) else [runs[0].name for runs in members]
+
+
+def _short(name: str, value: str | None) -> str:
+    """loss=dpo_loss for what experiment.json calls loss.function = "rljax.losses.preference.dpo_loss"."""
+    text = "–" if value is None else value.strip('"')
+    if name.endswith("function"):
+        name, text = name.removesuffix(".function"), text.rpartition(".")[2]
+    return f"{name}={text}"
+
+
+def table(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
+    """[(name, its value in each column; "" where it has none), …]"""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [(name, [column.get(name, "") for column in columns]) for name in names]
+
+
+def differing(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
+    """The settings, and then the versions and devices, that are not the same in all groups (or within one)."""
+    columns = []
+    for each in groups:
+        named: dict[str, dict[str, None]] = {}
+        for run in each.runs:
+            chosen = {name: value for name, value in run.settings.items() if name.split(".")[0] not in SAME}
+            for name, value in {**chosen, **run.surroundings}.items():
+                named.setdefault(name, {})[value] = None
+        columns.append({name: " / ".join(values) for name, values in named.items()})
+    return [(name, values) for name, values in table(columns) if len(set(values)) > 1 or " / " in values[0]]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def metrics_of(each: Group) -> set[str]:
+    """The metrics that a run of the group has a finite value of."""
+    rows = (row for run in each.runs for row in run.metrics)
+    return {name for row in rows for name, value in row.items() if value is not None} - plots.COUNTERS
+
+
+def points(run: Run, metric: str) -> dict[int, float]:
+    """{step: value}; NaN where it was not finite."""
+    return {row["step"]: np.nan if row[metric] is None else float(row[metric]) for row in run.metrics if metric in row}
+
+
+def curve(each: Group, metric: str) -> Curve:
+    """A metric of a group; no steps where no run has it."""
+    return curves(each, (metric,))[0]
+
+
+def curves(each: Group, metrics: Sequence[str]) -> list[Curve]:
+    """Several metrics over the steps, and of the runs, that have all of them."""
+    found = [[points(run, metric) for metric in metrics] for run in each.runs]
+    found = [of_run for of_run in found if all(of_run)]
+    steps = sorted(set.intersection(*(set(one) for of_run in found for one in of_run))) if found else []
+    return [
+        Curve(np.asarray(steps, int), np.asarray([[of_run[i][step] for step in steps] for of_run in found], float))
+        for i in range(len(metrics))
+    ]
+
+
+def smoothed(each: Curve) -> Curve:
+    """Every run of a long curve smoothed, as plots do; a short one as it is."""
+    if len(each.steps) < plots.LONG:
+        return each
+    return each._replace(values=np.asarray([plots.smooth(values) for values in each.values]))
+
+
+def band(values: np.ndarray, interval: str) -> Band:
+    """The mean over runs, values [n k], and its interval: a kind of `INTERVALS`."""
+    mean, n = values.mean(0), len(values)
+    if interval == "range":
+        return Band(mean, values.min(0), values.max(0))
+    half = stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros_like(mean)
+    return Band(mean, mean - half, mean + half)
