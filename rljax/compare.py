@@ -302,8 +302,9 @@ def _facts(row: Mapping[str, Any]) -> list[str]:
 
 def _render(**content: Any) -> str:
     style, script, template = ((HERE / f"compare.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
-    colors = "".join(f".g{i} {{ --group: {overlays.color(i)}; }}\n" for i in range(len(content["groups"])))
-    style = f"{style}{colors}"
+    for i in range(len(content["groups"])):
+        dashed = f" .swatch.g{i} {{ background: var(--dashes); }}" if i >= len(plots.COLORS) else ""
+        style += f".g{i} {{ --group: {overlays.color(i)}; }}{dashed}\n"
     policy = (
         "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
         f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"

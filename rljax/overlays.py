@@ -113,8 +113,13 @@ def _limit(axis: Axes) -> None:
         lines = [line.get_data()[i] for line in axis.get_lines() if line.get_gid() != INTERVAL]
         values = np.concatenate([np.ravel(np.asarray(line, float)) for line in lines] or [[]])
         values = values[np.isfinite(values)]
-        if len(values) and np.ptp(values) > 0:
-            to(max(now[0], values.min() - np.ptp(values) / 2), min(now[1], values.max() + np.ptp(values) / 2))
+        if not len(values):
+            continue
+        middle, half = (values.max() + values.min()) / 2, np.ptp(values) / 2
+        if half <= 1e-9 * abs(middle):  # a constant, but for the rounding of a smoothed one
+            to(middle - (abs(middle) / 10 or 1), middle + (abs(middle) / 10 or 1))
+        else:
+            to(max(now[0], middle - 2 * half), min(now[1], middle + 2 * half))
 
 
 def _plain(text: str) -> str:
