@@ -77,7 +77,7 @@ class Iteration(NamedTuple):
 def init_learner(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> Learner:
     """Before the first iteration."""
     state = train.init_state(params, optimizer)
-    average = jax.tree.map(jnp.copy, decoder_params(params)) if ema else None
+    average = jax.tree.map(jnp.copy, decoder_params(state.params)) if ema else None
     return Learner(
         iterations=jnp.zeros((), jnp.int32),
         train=state,

@@ -67,12 +67,13 @@ class Unpaired(Run):
 
 HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
 HARMLESS += ("profile", "mesh", "microbatches", "attention", "remat", "unroll")  # nor do these, but for rounding
+HARMLESS += ("offload_reference",)
 
 
 class Setup(NamedTuple):
     """Everything that a run is made of, before its first step."""
 
-    policy: policy.Policy  # where training starts, and the reference
+    policy: policy.Policy  # where training starts, and the reference; without params where nobody asks for them again
     task: tasks.Task
     state: TrainState
     shardings: TrainState
@@ -136,6 +137,9 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
     task = tasks.part_of(_task(experiment, start, rows, mesh, tracker), here)
     optimizer, schedule = program.make_optimizer(experiment)
     state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
+    task = task._replace(params={})
+    if not keeps_initial(experiment):
+        start = start._replace(params={})
 
     def place(batch: Any, params: Any) -> Any:
         batch = hosts.place(batch, mesh)
@@ -149,6 +153,12 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
         evaluate = train.make_evaluate(task.loss_fn).lower(state.params, batch).compile()
     memory = compiled.memory_analysis()
     return Setup(start, task, state, shardings, place, compiled, evaluate, schedule, memory, mesh)
+
+
+def keeps_initial(run: Run) -> bool:
+    """Whether initial weights are looked at once training has begun. Cached log-probabilities stand for them."""
+    fresh = isinstance(run, Preference) and run.reference and not run.cache_reference
+    return fresh or run.evaluate is not None or (isinstance(run, RewardModel) and run.normalize > 0)
 
 
 def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:

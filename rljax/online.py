@@ -49,7 +49,7 @@ __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient
 
 HARMLESS = ("keep", "samples", "checks", "profile", "wandb", "out", "name", "save_every", "evidence")
 HARMLESS += ("reward_timeout", "max_rounds")
-HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll", "gather")  # but for rounding
+HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll", "gather", "offload_reference")  # but for rounding
 HEADLINE = "objective/scores"
 
 
@@ -256,7 +256,8 @@ def _evidence(run: Sampled, setup: Setup, learner: Learner, trace: Trace) -> lis
 
 def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfchecks.Check]:
     """What a run finds out about itself before its first iteration."""
-    now = setup.start
+    initial = views.decoder_params(setup.learner.train.params)
+    now = setup.start._replace(params=initial)
     checks = [selfchecks.learning_rate(setup.schedule, run.steps * run.epochs * run.minibatches)]
     checks.append(selfchecks.memory(setup.memory))
     with tracker.phase("checking a first rollout"):
@@ -265,8 +266,8 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
         checks.append(selfchecks.sampled_tokens(rollout, now.tokenizer, now.stop_ids, single_turn=alone))
         checks.append(selfchecks.companions(now, rollout.tokens))
         checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids)))
-        start = views.decoder_params(setup.learner.train.params)
-        checks.append(selfchecks.same_policy(setup.look, start, now.params, rollout))
+        reference = setup.start.params or initial
+        checks.append(selfchecks.same_policy(setup.look, initial, reference, rollout))
         checks.append(selfchecks.same_ratios(now, setup.look, setup.method.look, setup.learner.train.params, rollout))
         if isinstance(run, PPO | PolicyGradient) and objectives.is_ratio_loss(run.loss):
             checks.append(selfchecks.first_surrogate(run))
@@ -281,7 +282,7 @@ def _first_rollout(run: Sampled, setup: Setup) -> Any:
     drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
     made = sampling.generate(
         setup.start.model,
-        setup.start.params,
+        views.decoder_params(setup.learner.train.params),
         asked,
         jax.random.key(run.seed),
         n=run.group,

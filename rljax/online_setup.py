@@ -39,7 +39,7 @@ from rljax.types import LanguageModel, Params, Tokens
 class Setup(NamedTuple):
     """Everything that a run is made of, before its first iteration."""
 
-    start: policy.Policy  # where training starts, and the reference
+    start: policy.Policy  # where training starts, and the reference; without params where nobody asks for them again
     method: methods.Method
     sampler: collect.Sampler
     held_out: data.Rows
@@ -73,11 +73,14 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
     learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)
     learner, shardings = program.place_state(learner, models.RULES, mesh)
+    base = start.params if method.reference else None
+    method = method._replace(params={})
+    if not keeps_initial(run, method):
+        start = start._replace(params={})
     parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
     here = None if run.environment is not None else hosts.share(run.batch, mesh).here
     source = prompts.prompts(run, start.tokenizer, train_rows, here)
     pretrain = _pretrain(run, start, mesh)
-    base = start.params if method.reference else None
     reward_params = rewards.device_params(asked)
     example = (learner, base, reward_params, collect.abstract_prompts(run, source.width, mesh), pretrain(0))
     compiled = _compile(run, parts, method, shardings, example, asked, tracker)
@@ -86,12 +89,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
         mesh=mesh,
         start=start,
         judges=judges.make(
-            asked,
-            tokenizer=start.tokenizer,
-            mesh=mesh,
-            timeout=run.reward_timeout,
-            stop=stop,
-            say=tracker.status,
+            asked, tokenizer=start.tokenizer, mesh=mesh, timeout=run.reward_timeout, stop=stop, say=tracker.status
         ),
         source=source,
         sample=compiled["sample"],
@@ -116,6 +114,11 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
         schedule=schedule,
         memory=(compiled["whole"] or compiled["learn"]).memory_analysis(),
     )
+
+
+def keeps_initial(run: Sampled, method: methods.Method) -> bool:
+    """Whether initial weights are looked at once training has begun."""
+    return method.reference or run.evaluate is not None
 
 
 def _compile(
@@ -177,9 +180,9 @@ def jitted(
     """
     learner, base, _, prompt, text = example
     mesh, key, params = prompt.ids.sharding.mesh, jax.random.key(0), learner.train.params
-    out: dict[str, Any] = {"out_shardings": (shardings, None, None)}
+    away = run.offload_reference and method.reference
     if whole:
-        return {"whole": Part(jax.jit(parts.whole, donate_argnums=0, **out), (*example, key))}
+        return {"whole": Part(_jit(parts.whole, (shardings, None, None), away, donate_argnums=0), (*example, key))}
     rollout = collect.placed(jax.eval_shape(parts.sample, params, prompt, key), mesh)
     notes = collect.placed(jax.eval_shape(parts.annotate, params, base, rollout), mesh)
     verdict = collect.abstract_verdict(rollout, names, method.greedy, mesh)
@@ -189,11 +192,27 @@ def jitted(
         found["sample"] = Part(jax.jit(parts.sample, out_shardings=rows), (params, prompt, key))
     if method.greedy:
         found["greedy"] = Part(jax.jit(parts.sample_greedy), (params, prompt))
-    found["annotate"] = Part(jax.jit(parts.annotate, out_shardings=noted), (params, base, rollout))
+    found["annotate"] = Part(_jit(parts.annotate, noted, away), (params, base, rollout))
     # With a lag rewards are awaited after the update: if they fail, it has to be as if it had not been made.
-    learn = jax.jit(parts.learn, donate_argnums=() if run.lag else 0, **out)
+    learn = _jit(parts.learn, (shardings, None, None), donate_argnums=() if run.lag else 0)
     found["learn"] = Part(learn, (learner, rollout, notes, verdict, text, key))
     return found
+
+
+def _jit(function: Any, out: Any, away: bool = False, **options: Any) -> Any:
+    """`jax.jit` with `out` as shardings of the results, None where they are free. away: an argument lies in host
+    memory, beside which the compiler takes no `out_shardings`, only constraints.
+    """
+    if not away:
+        return jax.jit(function, out_shardings=out, **options)
+
+    def place(where: Any, x: Any) -> Any:
+        return x if where is None else jax.lax.with_sharding_constraint(x, where)
+
+    def constrained(*args: Any) -> Any:
+        return jax.tree.map(place, out, function(*args), is_leaf=lambda where: where is None)
+
+    return jax.jit(constrained, **options)
 
 
 def method_of(

@@ -47,6 +47,7 @@ class Run:
     remat: str = "dots"  # none | dots | full: what the backward pass computes again instead of keeping
     attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (NVIDIA): what computes it, see docs/scaling.md
     unroll: int = 1  # layers per step of the scan over layers: more compile slower, and run a little faster if shallow
+    offload_reference: bool = False  # initial weights wait in host memory and come to the device a layer at a time
     mesh: Callable[..., Mesh] = sharding.make_mesh
 
     name: str | None = None  # the run's folder; None: the file's name
@@ -115,8 +116,10 @@ def _answered(run: Run) -> bool:
 
 
 def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
-    """The run's checkpoint on its mesh, in its dtypes."""
+    """The run's checkpoint on its mesh (in the memory of its hosts, if it waits there), in its dtypes."""
     loaded = policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype))
+    if run.offload_reference:
+        loaded = loaded._replace(params=sharding.in_host_memory(loaded.params))
     return loaded._replace(model=models.build(configured(run, loaded.model.config, mesh)))
 
 
@@ -210,7 +213,7 @@ def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Trac
     if evaluate is None:
         return
     with tracker.phase(f"measuring {phase} training"):
-        found = hosts.together(lambda: evaluate(now, reference, jax.random.key(run.seed)))
+        found = hosts.together(lambda: evaluate(now, sharding.in_device_memory(reference), jax.random.key(run.seed)))
     tracker.log(step, found.metrics, prefix="eval/")
     tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax import data, hosts, objectives, ops
+from rljax import data, hosts, objectives, ops, sharding
 from rljax.logprobs import token_logps
 from rljax.models.resolve import cache_folder
 from rljax.policy import Policy
@@ -101,6 +101,7 @@ def weights(params: Params) -> str:
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
     """u32[2]: sums over an array's bits, each mixed with its place; whole numbers, so their order does not matter."""
+    leaf = sharding.in_device_memory(leaf)
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
     bits = bits.astype(jnp.uint32).ravel()
     place = jnp.arange(bits.size, dtype=jnp.uint32)

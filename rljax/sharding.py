@@ -181,6 +181,34 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     return jax.lax.with_sharding_constraint(x, divisible(P(*present), x.shape, mesh))
 
 
+def in_host_memory(tree: Any) -> Any:
+    """Arrays moved to the pinned memory of their devices' host, sharded as they were. ValueError for devices without.
+
+    Inside `jit` they can be arguments, and nothing else than `in_device_memory` can be done with them.
+    """
+
+    def one(x: Array) -> Array:
+        device = next(iter(x.sharding.device_set))
+        kinds = [memory.kind for memory in device.addressable_memories()]
+        if "pinned_host" not in kinds:
+            raise ValueError(
+                f"{device} cannot reach pinned host memory (it has {kinds}): keep everything on the device"
+            )
+        return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
+
+    return jax.tree.map(one, tree)
+
+
+def in_device_memory(tree: Any) -> Any:
+    """Arrays in their devices' own memory, inside and outside `jit`. What is there already stays as it is."""
+
+    def one(x: Any) -> Any:
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(one, tree)
+
+
 def gathered(params: Any, rules: Rules, dtype: str, *, limit: float) -> Any:
     """Inside `jit`: params without their split over fsdp, cast to the dtype that they are used in, if what one device
     then has of them takes at most `limit` bytes; else (and without a mesh that has fsdp) as they are.

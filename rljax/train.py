@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rljax.sharding import in_device_memory
 from rljax.types import LossFn, Mean, Metrics, Params, TrainState
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
@@ -22,7 +23,7 @@ Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update. `params` are copied: the update donates the state, and yours stay alive."""
-    params = jax.tree.map(jnp.copy, params)
+    params = jax.tree.map(jnp.copy, in_device_memory(params))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 

@@ -24,7 +24,7 @@ from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
 from rljax.models.product import RESULT, product
 from rljax.models.rope import rotate, tables
-from rljax.sharding import ROWS, constrain
+from rljax.sharding import ROWS, constrain, in_device_memory
 from rljax.types import LanguageModel, Output, Params
 
 ACTIVATIONS = {
@@ -62,6 +62,11 @@ class Layout(NamedTuple):
     n: int
 
 
+def weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+    """A parameter, brought to the device if it waits in host memory: inside the scan, so a layer at a time."""
+    return in_device_memory(module.param(name, init, shape))
+
+
 class Linear(nn.Module):
     """einsum(equation, x, kernel) + bias, where the bias has the trailing axes of the output."""
 
@@ -72,10 +77,10 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape)
+        kernel = weight(self, "kernel", nn.initializers.normal(self.std), self.shape)
         y: Array = product(self.equation, x, kernel.astype(x.dtype))  # pyright: ignore[reportAssignmentType]
         if self.bias_shape is not None:
-            bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
+            bias = weight(self, "bias", nn.initializers.zeros, self.bias_shape)
             y += trailing(bias.astype(y.dtype), y)
         return y
 
@@ -90,14 +95,14 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         c, axes = self.config, tuple(range(-len(self.shape), 0))
-        scale = self.param("scale", nn.initializers.constant(1.0 - c.norm_offset), self.shape)
+        scale = weight(self, "scale", nn.initializers.constant(1.0 - c.norm_offset), self.shape)
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y -= y.mean(axes, keepdims=True)
         y *= jax.lax.rsqrt(jnp.square(y).mean(axes, keepdims=True) + c.norm_eps)
         y *= trailing(scale.astype(jnp.float32) + c.norm_offset, y)
         if self.kind == "layer":
-            bias = self.param("bias", nn.initializers.zeros, self.shape)
+            bias = weight(self, "bias", nn.initializers.zeros, self.shape)
             y += trailing(bias.astype(jnp.float32), y)
         return y.astype(x.dtype)
 
@@ -188,12 +193,12 @@ class Embed(nn.Module):
     def __call__(self, ids: Array, positions: Array) -> Array:
         c, normal = self.config, nn.initializers.normal(INIT_STD)
         dtype = jnp.dtype(c.compute_dtype)
-        tokens = self.param("tokens", normal, (c.vocab_size, c.hidden_size))
+        tokens = weight(self, "tokens", normal, (c.vocab_size, c.hidden_size))
         x = jnp.take(constrain(tokens, "tensor", None), ids, axis=0, mode="clip").astype(dtype)
         if c.embed_scale != 1.0:
             x *= jnp.asarray(c.embed_scale, dtype)  # Gemma rounds the scale to the dtype as well
         if c.learned_positions:
-            table = self.param("positions", normal, (c.max_positions, c.hidden_size))
+            table = weight(self, "positions", normal, (c.max_positions, c.hidden_size))
             x += jnp.take(table, positions, axis=0, mode="clip").astype(dtype)
         return split(x)
 
@@ -343,6 +348,7 @@ def unstack(params: Params) -> Params:
     layers = params["layers"]
     if "0" in layers:
         return params
+    layers = in_device_memory(layers)
     count = len(layers["attention"]["query"]["kernel"])
     return params | {"layers": {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(count)}}
 
@@ -372,9 +378,10 @@ def build(config: ModelConfig) -> LanguageModel:
 
     def unembed(params: Params, hidden: Array) -> Array:
         if config.tied:
-            equation, table = "...d,vd->...v", constrain(params["embed"]["tokens"], "tensor", None)
+            equation, table, axes = "...d,vd->...v", params["embed"]["tokens"], ("tensor", None)
         else:
-            equation, table = "...d,dv->...v", constrain(params["unembed"]["kernel"], None, "tensor")
+            equation, table, axes = "...d,dv->...v", params["unembed"]["kernel"], (None, "tensor")
+        table = constrain(in_device_memory(table), *axes)
         dtype = jnp.dtype(config.compute_dtype)
         logits = jnp.einsum(
             equation,

@@ -152,12 +152,14 @@ def block(one: Program, made: Programs, mesh: Mesh, chip: Chip) -> Block:
 
 
 def on_device(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
+    """Bytes of a tree of shapes with shardings in the memory of one device."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _bytes(leaf: Any) -> int:
     place = getattr(leaf, "sharding", None)
+    if place is not None and place.memory_kind == "pinned_host":
+        return 0
     shape = np.shape(leaf) if place is None else place.shard_shape(leaf.shape)
     return math.prod(shape) * (leaf.dtype.itemsize if hasattr(leaf, "dtype") else np.asarray(leaf).itemsize)
 

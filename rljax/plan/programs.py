@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def programs(run: Any, mesh: Mesh, described: Described) -> Programs:
     config = program.configured(run, described.config, mesh)
     start = policy.Policy(models.build(config), {}, None, described.stop_ids)
     params = placed(cast(jax.eval_shape(start.model.init, jax.random.key(0)), run.dtype), mesh)
-    start = start._replace(params=params)
+    start = start._replace(params=waiting(params) if run.offload_reference else params)
     if isinstance(run, settings.Sampled):
         return _online(run, mesh, start)
     return _offline(run, mesh, start)
@@ -67,6 +68,12 @@ def programs(run: Any, mesh: Mesh, described: Described) -> Programs:
 
 def cast(params: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), params)
+
+
+def waiting(params: Any) -> Any:
+    """Shapes of what `sharding.in_host_memory` makes."""
+    away = functools.partial(NamedSharding.with_memory_kind, kind="pinned_host")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=away(x.sharding)), params)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -96,7 +103,9 @@ def _offline(run: Any, mesh: Mesh, start: policy.Policy) -> Programs:
         pairs = (batch, batch.tokens, batch.ref_logps)
         estimate = tasks.kl_estimate(start.model, run.max_completion)
         found.insert(0, Program("KL point", estimate, (state.params, pairs)))
-    held = {"parameters": state.params, "optimizer": state.opt_state, "initial weights": start.params}
+    held = {"parameters": state.params, "optimizer": state.opt_state}
+    if offline.keeps_initial(run):
+        held["initial weights"] = start.params
     return Programs(held, found, _notes(run))
 
 
@@ -175,13 +184,13 @@ def _online(run: settings.Sampled, mesh: Mesh, start: policy.Policy) -> Programs
         turn = online_setup.Part(jax.jit(parts.sample), (learner.train.params, example[3], jax.random.key(0)))
         found = {"sample": turn, **found}
         notes.append("episodes take turns; the sampler is shown as one turn that writes the whole row")
+    keeps = online_setup.keeps_initial(run, method)
     held = {
         **{name: learner.train.params[name] for name in ("policy", "critic") if name in learner.train.params},
         **({} if "policy" in learner.train.params else {"policy": learner.train.params}),
         "optimizer": learner.train.opt_state,
         **({"average of weights": learner.ema} if ema else {}),
-        "reference" if method.reference else "initial weights": start.params,
-        **({"initial critic": critic.params["model"]} if critic and critic.params["model"] is not start.params else {}),
+        **({"reference" if method.reference else "initial weights": start.params} if keeps else {}),
         **{f"reward {one.name}": one.params for one in asked if one.params is not None},
     }
     loops = _loops(run)
