@@ -95,7 +95,7 @@ def _folder(path: pathlib.Path, split: str) -> Rows:
     if not files:
         raise ValueError(f"{path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
     named = {file: re.split(r"[-._]", file.name)[0] for file in files}
-    chosen = [file for file, name in named.items() if name == split]
+    chosen = [file for file, name in named.items() if split in (name, re.split(r"[-.]", file.name)[0])]  # train_sft
     if not chosen and split == "train" and not any(name in SPLITS for name in named.values()):
         chosen = files  # nothing here is named after a split: the folder is one
     if not chosen:

@@ -160,6 +160,8 @@ def test_folder_of_splits(tmp_path):
     jsonl(tmp_path / "test.jsonl", ROWS[2:3])
     assert list(data.read(tmp_path)) == ROWS[:2]
     assert list(data.read(tmp_path, split="test")) == ROWS[2:3]
+    jsonl(tmp_path / "test_sft-00000-of-00001.jsonl", ROWS[:1])  # as the hub's UltraChat names its splits
+    assert list(data.read(tmp_path, split="test_sft")) == ROWS[:1]
 
 
 def test_tfds_records_by_folder_and_by_name(tiny_pairs, monkeypatch):
