@@ -1,0 +1,36 @@
+"""Controlled sentiment, first step: GPT-2-large learns to write movie reviews.
+
+Paper     Rafailov et al. 2023, arXiv:2305.18290, section 6.1, figure 2 (left) and appendix C.1
+Model     openai-community/gpt2-large
+Data      hf:stanfordnlp/imdb
+Hardware  planned for a v5e:2x4
+Run       rljax run experiments/cards/imdb_sft_gpt2_large.py
+Then      rljax export runs/imdb_sft_gpt2_large runs/imdb_sft_gpt2_large/model, then imdb_dpo_gpt2_large.py and
+          imdb_ppo_gpt2_large.py
+Expected  no score is published for this step
+Settings  1 epoch on a subset of the reviews (appendix C.1). Rate, batch and length are not given: 1e-5, 64 rows and 512
+          tokens are ours, and the subset is the labelled half (25,000 rows).
+Shape     batch 64, 256 + 256 tokens, microbatches 1, remat dots, float32
+"""
+
+import functools
+
+from rljax import offline, train
+
+experiment = offline.SFT(
+    model="openai-community/gpt2-large",
+    data="hf:stanfordnlp/imdb",  # or tfds:imdb_reviews
+    learning_rate=1e-5,
+    schedule=functools.partial(train.cosine, warmup=20),
+    batch=64,
+    steps=390,
+    max_prompt=256,
+    max_completion=256,  # texts of 512 tokens in all
+    eval_every=50,
+    save_every=100,
+)
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)

@@ -1,0 +1,48 @@
+"""RLHF on TL;DR, last of three steps: PPO against the reward model.
+
+Paper     Huang et al. 2024, arXiv:2403.17031 ("The N+ implementation details of RLHF with PPO"), section 7
+Model     EleutherAI/pythia-2.8b-deduped after tldr_sft_pythia.py; critic and reward from tldr_reward_model_pythia.py
+Data      hf:vwxyzjn/summarize_from_feedback_tldr_3_filtered
+Sizes     --model EleutherAI/pythia-1b-deduped or EleutherAI/pythia-6.9b-deduped in the first step. The steps find each
+          other under runs/: start every size in a folder of its own.
+Hardware  8 × H100 in the paper; planned here for slices of v5e
+Run       rljax run experiments/cards/tldr_ppo_pythia.py
+Expected  GPT-3.5 prefers 6.9B's summaries to the authors' in about 80% of cases; 1B over-optimises the reward at a KL
+          of 50 to 85 nats (section 7.1) [unverified: from a summary of the paper]
+Settings  512 queries, 1,000,000 episodes (1,953 iterations), 4 epochs of one minibatch, AdamW with ε = 1e-5, 3e-6
+          falling by a cosine, KL in the reward with β = 0.05, γ = 1, λ = 0.95, clips 0.2, value coefficient 0.1, T =
+          0.7, score −1 without an end token, rewards whitened without their mean, 53 tokens (ppo_left_padding_new.py,
+          reference_output/ppo.txt)
+Differs   advantages are whitened over the batch, which is the paper's minibatch. The mean of the reward: see the step
+          before.
+Shape     batch 512, 512 + 53 tokens, microbatches 1, remat dots, float32
+"""
+
+import functools
+
+import _tldr
+
+from rljax import presets, rewards, train
+
+REWARD_MODEL = "runs/tldr_reward_model_pythia/model"
+
+experiment = presets.ppo_huang2024(
+    model="runs/tldr_sft_pythia/model",
+    data=_tldr.queries,
+    reward=rewards.from_checkpoint(REWARD_MODEL, name="preference"),
+    critic=REWARD_MODEL,
+    optimizer=functools.partial(train.adamw, eps=1e-5, weight_decay=0.01),
+    schedule=train.cosine,
+    whiten_rewards=True,
+    batch=512,
+    steps=1953,
+    max_prompt=_tldr.QUERY,
+    max_completion=53,
+    eval_every=100,
+    save_every=50,
+)
+
+if __name__ == "__main__":
+    from rljax import cli
+
+    cli.run_file(__file__)
