@@ -7,6 +7,7 @@ seconds, so that logs stay readable. Model FLOPs utilisation is shown where the 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -65,7 +66,8 @@ class Line:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._shown, self._every, self._clock = total, shown, every, clock
-        self.console = console or Console(quiet=quiet, highlight=False)
+        terminal = None if sys.stdout.isatty() else False  # notebooks and some pipes call themselves terminals
+        self.console = console or Console(quiet=quiet, highlight=False, force_terminal=terminal, force_jupyter=False)
         self._bar: Progress | None = None
         self._printed: float | None = None
         if self.console.is_terminal and not quiet:

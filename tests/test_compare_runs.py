@@ -73,11 +73,11 @@ def test_seeds_and_names_are_one_group_and_nothing_else_is(six):
 
 def test_labels_are_short_and_told_apart(tmp_path):
     loss = {"function": "rljax.losses.preference.dpo_loss", "beta": 0.1}
-    other = {"function": "rljax.losses.preference.ipo_loss", "beta": 0.1}
+    other = {"function": "rljax.losses.preference.ipo_loss", "beta": 0.1, "lam": 5}
     for seed in (0, 1):
         write_run(tmp_path / f"a-seed{seed}", [], seed=seed, loss=loss)
         write_run(tmp_path / f"b-seed{seed}", [], seed=seed, loss=other)
-    assert [group.label for group in grouped(tmp_path)] == ["loss=ipo_loss", "loss=dpo_loss"]
+    assert [group.label for group in grouped(tmp_path)] == ["loss=ipo_loss, loss.lam=5", "loss=dpo_loss"]
     write_run(tmp_path / "c-seed7", [], seed=7, loss=loss, model="a/rather/long/path/of/some/model")
     assert [group.label for group in grouped(tmp_path)] == ["c", "b", "a"]
     alike = [write_run(tmp_path / folder / "x", [], model=folder * 50) for folder in "pq"]
