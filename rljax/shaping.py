@@ -65,6 +65,20 @@ def standardize(scores: Real[ArrayLike, " b"], *, mean: Scalar, std: Scalar) -> 
     return (as_float(scores) - mean) / std
 
 
+def worst_case(scores: Real[ArrayLike, "m b"]) -> Float[Array, " b"]:
+    """The smallest of m reward models' scores, [b]: WCO (Coste et al. 2023, arXiv:2310.02743, Eq. 4)."""
+    return jnp.min(as_float(scores), axis=0)
+
+
+def uncertainty_weighted(scores: Real[ArrayLike, "m b"], *, coef: Scalar) -> Float[Array, " b"]:
+    """mean − coef · variance over m reward models' scores, [b]: UWO (Coste et al. 2023, arXiv:2310.02743, Eq. 5).
+
+    The variance is the population's (ddof = 0). coef 0 is the plain mean.
+    """
+    scores = as_float(scores)
+    return jnp.mean(scores, axis=0) - coef * jnp.var(scores, axis=0)
+
+
 # --- running statistics -----------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,14 @@ def test_clip_scores():
         shaping.clip_scores(SCORES, low=1.0, high=0.5)
 
 
+def test_ensembles_of_reward_models_by_hand():
+    scores = np.asarray([[1.0, 0.0, 5.0], [3.0, 0.0, NAN], [8.0, 0.0, 5.0]], np.float32)  # three models, three rows
+    close(shaping.worst_case(scores), [1.0, 0.0, NAN])
+    close(shaping.uncertainty_weighted(scores, coef=0.5), [4.0 - 0.5 * (9 + 1 + 16) / 3, 0.0, NAN])
+    close(shaping.uncertainty_weighted(scores, coef=0.0), [4.0, 0.0, NAN])
+    close(shaping.uncertainty_weighted(scores[:1], coef=0.5), scores[0])
+
+
 def test_standardize_gives_reference_samples_mean_0_and_std_1():
     close(shaping.standardize(SCORES, mean=0.5, std=0.5), [0.0, -5.0, 0.4, NAN])
     reference = np.random.default_rng(0).normal(3.0, 7.0, size=256)
@@ -112,6 +120,8 @@ def test_float32_at_least(dtype):
         shaping.overlong_penalty(scores, max_length=2, buffer=1),
         shaping.clip_scores(scores, low=0, high=1),
         shaping.standardize(scores, mean=0.5, std=2.0),
+        shaping.worst_case(scores[None]),
+        shaping.uncertainty_weighted(scores[None], coef=1.0),
         shaping.running_normalize(scores, shaping.update_moments(shaping.init_moments(), scores, yes)),
     ):
         assert shaped.dtype == jnp.float32

@@ -35,12 +35,13 @@ def gold(direction: Array, x: Array) -> Array:
     return x @ direction - jnp.maximum(jnp.abs(x) - 1.5, 0.0).sum(-1)
 
 
-def proxy(key: Array, direction: Array, spread: Array, n: int) -> Array:
-    """The direction of a linear reward that was fitted to n labelled pairs."""
+def proxy(key: Array, direction: Array, spread: Array, n: int, *, flipped: float = 0.0) -> Array:
+    """The direction of a linear reward that was fitted to n labelled pairs, a share of whose labels is flipped."""
     keys = jax.random.split(key)
     pairs = jax.random.normal(keys[0], (n, 2, SIZE))
     scores = gold(direction, pairs) / spread
     first = jax.random.uniform(keys[1], (n,)) < jax.nn.sigmoid(scores[:, 0] - scores[:, 1])
+    first ^= jax.random.bernoulli(jax.random.fold_in(key, 2), flipped, (n,))
     won, lost = (jnp.where((first == chosen)[:, None], pairs[:, 0], pairs[:, 1]) for chosen in (True, False))
     optimizer = optax.adam(train.cosine(0.05, 500))
 
