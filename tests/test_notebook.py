@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FILE = ROOT / "docs" / "new_loss.ipynb"
 NOTEBOOK = json.loads(FILE.read_text())
 CELLS = code_cells(NOTEBOOK)
-TABLE = re.compile(r"^(eval/\S+) +(.+?) +(-?\d+\.\d+) +seeds \[ *(-?\d+\.\d*)", re.MULTILINE)
+TABLE = re.compile(r"^(\w+) +(loss=.+?) +(-?\d+\.\d+) +seeds \[ *(-?\d+\.\d*)", re.MULTILINE)
 
 
 def printed(cell):
@@ -89,6 +89,8 @@ def test_it_runs_and_shows_what_it_gives(stories, tmp_path):
             found = table(text)
             # Sampled texts differ with rounding, and so do the pairs: as far as seeds are apart.
             assert found == pytest.approx(table(printed(cell)), abs=2.5)
+            assert "above all of DPO: True" in text
+            assert "above all of DPO: True" in printed(cell)
         else:
             numbers = [[float(x) for x in re.findall(r"\d+\.?\d*", said)] for said in (text, printed(cell))]
             assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
