@@ -18,7 +18,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
-import markupsafe
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -312,12 +311,8 @@ def _render(**content: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"show": show, "duration": duration, "breakable": _breakable}
+    environment.filters |= {"show": show, "duration": duration}
     return environment.from_string(template).render(style=style, script=script, policy=policy, **content)
-
-
-def _breakable(metric: str) -> markupsafe.Markup:
-    return markupsafe.Markup("/<wbr>").join(metric.split("/"))
 
 
 def _hash(text: str) -> str:
