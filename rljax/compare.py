@@ -67,7 +67,8 @@ def write(
         written=datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes").replace("+00:00", " UTC"),
         interval=runs.INTERVALS[interval],
         groups=[_group(each) for each in groups],
-        notes=_notes(groups, left),
+        notes=_notes(groups),
+        left=left,
         pictures=pictures,
         results=[_result(groups, metric, interval) for titled in plots.pages(shown).values() for metric in titled],
         runs=_runs(groups, shown),
@@ -122,12 +123,10 @@ def _draw(
 
 
 def _pair(groups: Sequence[runs.Group], prefix: str, xs: Sequence[str], ys: Sequence[str]) -> tuple[str, str] | None:
-    """The first x and y for which each group (that has records) has steps with both."""
-    recorded = [group for group in groups if runs.metrics_of(group)]
-    for x, y in ((prefix + x, prefix + y) for x in xs for y in ys):
-        if all(len(runs.curves(group, (x, y))[0].steps) for group in recorded):
-            return x, y
-    return None
+    """The x and y that most groups have steps with both of; the first of several, None where no group has any."""
+    pairs = [(prefix + x, prefix + y) for x in xs for y in ys]
+    having = [sum(len(runs.curves(group, pair)[0].steps) > 0 for group in groups) for pair in pairs]
+    return pairs[having.index(max(having))] if max(having) else None
 
 
 def _picture(
@@ -151,7 +150,7 @@ def _group(group: runs.Group) -> Mapping[str, Any]:
     return {"label": group.label, "runs": [run.name for run in group.runs]}
 
 
-def _notes(groups: Sequence[runs.Group], left: Sequence[str]) -> list[str]:
+def _notes(groups: Sequence[runs.Group]) -> list[str]:
     """What one should know before believing the page."""
     notes = []
     every = [run for group in groups for run in group.runs]
@@ -163,8 +162,6 @@ def _notes(groups: Sequence[runs.Group], left: Sequence[str]) -> list[str]:
             same = [run.name for run in group.runs if run.seed == seed]
             if len(same) > 1:
                 notes.append(f"{', '.join(same)} have the same seed, {seed}: the interval takes them for several.")
-    if left:
-        notes.append(f"Not in all groups, and not drawn (name them with --metrics): {', '.join(left)}.")
     return notes
 
 

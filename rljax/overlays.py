@@ -39,7 +39,8 @@ def over_steps(groups: Sequence[runs.Group], metric: str, interval: str) -> Figu
         label = plots.LABELS.get(plots.group_of(metric))
         axis.set(title=_plain(metric), xlabel="step", ylabel=_plain(plots.axis_label(metric, label)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        _finish(figure, axis, groups, f"band: {runs.INTERVALS[interval]}", smooth)
+        mean = "mean over runs, smoothed" if smooth else "mean over runs"
+        _finish(figure, axis, groups, f"line: {mean}; thin: each run\nband: {runs.INTERVALS[interval]}")
     return figure
 
 
@@ -62,7 +63,9 @@ def against(groups: Sequence[runs.Group], x: str, y: str, interval: str) -> Figu
             _cross(axis, ends[0], ends[1], color(index), several=len(across) > 1)
         axis.set(xlabel=_plain(plots.axis_label(x)), ylabel=_plain(plots.axis_label(y)))
         axis.set_title(f"{_plain(y)} against {_plain(x)}")
-        _finish(figure, axis, groups, f"dot: last step; cross: {runs.INTERVALS[interval]}", smooth)
+        each = "each run, all smoothed" if smooth else "each run"
+        said = f"line: mean over runs; thin: {each}\ndot: last step; cross: {runs.INTERVALS[interval]}"
+        _finish(figure, axis, groups, said)
     return figure
 
 
@@ -91,17 +94,10 @@ def _line(index: int, group: runs.Group, n: int) -> dict[str, Any]:
     return {"color": color(index), "linestyle": line, "linewidth": 1.8, "label": label}
 
 
-def _finish(figure: Figure, axis: Axes, groups: Sequence[runs.Group], interval: str, smooth: bool) -> None:
-    """Legend, limits, and in words what is drawn."""
-    several = any(len(group.runs) > 1 for group in groups)
-    lines = ["line: mean over runs; thin: each run", interval] if several else ["line: one run"]
-    figure.supxlabel(
-        "\n".join([lines[0] + ("; smoothed" if smooth else ""), *lines[1:]]),
-        fontsize=7,
-        color="#666666",
-        x=0.02,
-        horizontalalignment="left",
-    )
+def _finish(figure: Figure, axis: Axes, groups: Sequence[runs.Group], said: str) -> None:
+    """Limits, legend, and in words what is drawn."""
+    said = said if any(len(group.runs) > 1 for group in groups) else "each line: one run"
+    figure.supxlabel(said, fontsize=7, color="#666666", x=0.02, horizontalalignment="left")
     _limit(axis)
     if axis.get_legend_handles_labels()[1]:
         axis.legend(loc="best", fontsize=8)

@@ -138,7 +138,7 @@ def test_means_are_of_the_same_runs_all_along(tmp_path):
     assert found.steps.tolist() == [1, 2]
     assert found.values.mean(0).tolist() == [2, 3]
     assert not len(runs.curve(group, "none").steps)
-    (note,) = compare._notes([group], [])
+    (note,) = compare._notes([group])
     assert "Not at their last step: c (1 of 3), b (2 of 3)" in note
 
 
@@ -166,7 +166,7 @@ def test_long_curves_are_smoothed_run_by_run(tmp_path):
 def test_two_runs_of_one_seed_are_said(tmp_path):
     for name in "ab":
         write_run(tmp_path / name, ppo([1.0, 2.0, 3.0]), seed=5)
-    (note,) = compare._notes(grouped(tmp_path), [])
+    (note,) = compare._notes(grouped(tmp_path))
     assert note.startswith("b, a have the same seed, 5")
 
 
@@ -195,6 +195,16 @@ def test_pictures_show_mean_interval_and_runs_and_say_so(six):
     assert crosses[:2] == [[[2, 3], [12, 3]], [[6, 1], [6, 6]]]
     assert runs.INTERVALS["range"] in " ".join(text.get_text() for text in figure.texts)
     assert axis.get_xlabel() == "objective/kl [nats]"
+
+
+def test_trade_offs_are_of_what_most_groups_have(six, tmp_path):
+    write_run(six / "other", [{"step": 1, "kl": 1.0, "reward": 2.0}], lr=1)
+    groups = grouped(six)
+    assert compare._pair(groups, "", compare.DISTANCES, compare.REWARDS) == ("objective/kl", "objective/scores")
+    assert compare._pair(groups[:1], "", compare.DISTANCES, compare.REWARDS) == ("kl", "reward")
+    assert compare._pair(groups, "eval/", compare.DISTANCES, compare.REWARDS) is None
+    (axis,) = overlays.against(groups, "kl", "reward", "confidence").axes
+    assert axis.get_legend_handles_labels()[1] == [f"{groups[0].label} (1 run)"]
 
 
 def test_names_are_no_mathematics_and_many_groups_are_told_apart(tmp_path):
@@ -338,6 +348,12 @@ def test_what_cannot_be_compared_is_said(six, tmp_path, capsys):
     other = write_run(tmp_path / "other", [{"step": 1, "accuracy": 1.0}], lr=1)
     with pytest.raises(ValueError, match=r"no metric in common .*accuracy"):
         compare.write([low, other])
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "objective/scores": 1.0}\n')
+    page = Page(compare.write([low, other], out=tmp_path / "out").read_text())
+    (summary,) = [said for said in page.text_of("summary") if "metric" in said]
+    assert summary.startswith("3 metrics are not in all groups")
+    assert "accuracy, completions/mean_length, objective/kl" in "".join(page.text_of("details"))
     compare.write([low, other], metrics=["accuracy"], out=tmp_path / "out")  # one that a group lacks, as it was named
     empty = write_run(tmp_path / "empty", [], lr=1)
     with pytest.raises(ValueError, match="nothing is recorded yet in empty"):
