@@ -16,6 +16,7 @@ from rljax import cli
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "cards.md"
 FIELDS = ("Paper", "Model", "Data", "Hardware", "Run", "Expected", "Settings", "Shape", "Plan")  # what every card says
+SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 INTRODUCTION = """# Reproduction cards
 
 Full-size runs of papers, for those who have the machines: ordinary experiment files in `experiments/cards/` with the
@@ -26,8 +27,8 @@ that each takes two steps on a random small model of its family and rows in the 
 
 Every figure has its source. *[unverified]* marks what could not be checked against a paper's text or code; *ours* what
 no source states. Data are read from the Hugging Face hub (`pip install "rljax[datasets]"`), or from files in the same
-format: `--data FOLDER`, or `--data.source FOLDER` where a function makes the rows. A card whose name begins with that
-of another step reads its model under `runs/`, where that step has left it: start every pipeline in a folder of its own.
+format: `--data FOLDER`, or `--data.source FOLDER` where a function makes the rows. The steps of a pipeline find each
+other under `runs/`, as their *Then* says: start every pipeline in a folder of its own.
 
 This page is written by `python experiments/cards/_gallery.py`.
 """
@@ -62,21 +63,24 @@ def shape(run: Any) -> str:
 
 
 def planned(plan: str) -> list[tuple[str, str, str]]:
-    """[(model on slice, time at best, memory needed)] of the plans that a card quotes; of several functions the sum of
-    their times and the largest memory."""
+    """[(model and slice, a step at best, memory of a device)] of the plans that a card quotes, all of which fit.
+
+    Of several functions it is the sum of their times, and the largest memory. A plan that nobody has made yet is "—".
+    """
     rows = []
     for quoted in plan.split("rljax plan ")[1:]:
         text = " ".join(quoted.split())
-        head = re.search(r"(\S+): ([\d.]+ \w+) parameters on (\S+),", text)
-        times = [
-            float(n) * {"ms": 1e-3, "s": 1, "min": 60}[u] for n, u in re.findall(r"at best ([\d.]+) (ms|s|min),", text)
-        ]
-        memory = re.findall(r"(?:fits,|needs) ([\d.]+) GiB (?:of ([\d.]+) GiB free)?", text)
-        if head is None or not times or not memory:
-            raise ValueError(f"no figures of a plan in {text[:80]!r}")
-        needs = max(float(of) - float(free) if of else float(free) for free, of in memory)
-        limit = max(float(of) for _, of in memory)
-        rows.append((f"{head[2]} on {head[3]}", f"{sum(times):.2g} s", f"{needs:.1f} of {limit:.1f} GiB"))
+        if text.endswith("not made yet"):
+            rows.append(("—", "—", "—"))
+            continue
+        head = re.search(r": ([\d.]+ \w+) parameters on (\S+),", text)
+        times = re.findall(r"at best ([\d.,]+) (ms|s|min),", text)
+        memory = re.findall(r": fits, ([\d.]+) GiB of ([\d.]+) GiB free", text)
+        if head is None or not memory or len(times) != len(memory):
+            raise ValueError(f"these are not the lines of a plan that fits: {text[:80]!r}")
+        step = sum(float(number.replace(",", "")) * SECONDS[unit] for number, unit in times)
+        needed, limit = max((float(limit) - float(free), float(limit)) for free, limit in memory)
+        rows.append((f"{head[1]} on {head[2]}", f"{step:.2g} s", f"{needed:.1f} of {limit:.1f} GiB"))
     return rows
 
 
@@ -84,18 +88,22 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def short(text: str) -> str:
+    """The first clause of a field, for the table, with the mark if anything in it is unverified."""
+    clause = re.split(r"; | \(|\. |\.$", text)[0]
+    return f"{clause} *[unverified]*" if "[unverified" in text and "[unverified" not in clause else clause
+
+
 def page() -> str:
     """docs/cards.md."""
-    table = [
-        "| card | paper | model | data | planned for | a step, at best | memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    sections = []
+    columns = ["card", "paper", "model", "data", "hardware", "expected", "planned for", "a step, at best", "memory"]
+    table, sections = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"], []
     for path in cards():
         title, says = read(path)
         plans = ["<br>".join(column) for column in zip(*planned(says["Plan"]), strict=True)]
         paper = ", ".join(re.findall(r"arXiv:[\d.]+", says["Paper"])[:1])
-        row = [f"[{path.stem}](#{path.stem})", paper, says["Model"].split(" ")[0], f"`{says['Data']}`", *plans]
+        told = [short(says[name]) for name in ("Hardware", "Expected")]
+        row = [f"[{path.stem}](#{path.stem})", paper, says["Model"].split(" ")[0], f"`{says['Data']}`", *told, *plans]
         table.append(f"| {' | '.join(map(cell, row))} |")
         fields = [f"| {name} | {cell(text)} |" for name, text in says.items() if name not in ("Plan", "Run", "Then")]
         commands = "\n".join([says["Run"], *([f"# then {says['Then']}"] if "Then" in says else [])])

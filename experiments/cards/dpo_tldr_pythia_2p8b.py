@@ -11,6 +11,9 @@ Settings  β = 0.5 for TL;DR, RMSprop, 1e-6 after 150 steps of warm-up, 64 pairs
           (config/config.yaml of the code); queries of 512 and summaries of 169 tokens as in arXiv:2403.17031
 Differs   the model, and with it the SFT model: the paper takes one that was published for TL;DR
 Shape     batch 64, 512 + 169 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/dpo_tldr_pythia_2p8b.py --topology v5e:4x4 --model
+              EleutherAI/pythia-2.8b-deduped
+              not made yet
 """
 
 import functools

@@ -13,6 +13,8 @@ Settings  β = 0.01, AdamW 5e-7 with a warm-up over a tenth and a cosine, 128 pa
 Differs   the recipe's 1,024 tokens are of a whole row, in which a prompt has at most 512; one epoch is counted as
           61,135 pairs [unverified]; what is evaluated on is set aside from the training split
 Shape     batch 128, 512 + 512 tokens, microbatches 1, remat full, float32
+Plan      rljax plan experiments/cards/dpo_ultrafeedback_qwen2p5.py --topology v5e:8x8
+              not made yet
 """
 
 import functools

@@ -12,6 +12,8 @@ Settings  KL targets {3, 6, 9, 12} (figure 2) held by the adaptive controller of
           rest are (`presets.ppo_ziegler2019`), at temperature 1; 1,024 samples an iteration (appendix C.1)
           [unverified]; SiEBERT's probability of POSITIVE is the reward. 200 iterations and 64 new tokens are ours.
 Shape     batch 1024, 16 + 64 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/imdb_ppo_gpt2_large.py --topology v5e:2x4 --model openai-community/gpt2-large
+              not made yet
 """
 
 import _imdb

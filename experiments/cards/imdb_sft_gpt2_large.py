@@ -11,6 +11,11 @@ Expected  no score is published for this step
 Settings  1 epoch on a subset of the reviews (appendix C.1). Rate, batch and length are not given: 1e-5, 64 rows and 512
           tokens are ours, and the subset is the labelled half (25,000 rows).
 Shape     batch 64, 256 + 256 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/imdb_sft_gpt2_large.py --topology v5e:2x4
+              openai-community/gpt2-large: 0.77 billion parameters on v5e:2x4, 8 devices (TPU v5e), mesh data=1
+                fsdp=8 tensor=1 context=1, microbatches=1
+              update: fits, 7.87 GiB of 15.75 GiB free (50%)
+              at best 111 ms, bound by compute (compute 111 ms, HBM 81.3 ms, ICI 67.1 ms)
 """
 
 import functools

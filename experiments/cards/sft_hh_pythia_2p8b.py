@@ -13,6 +13,11 @@ Settings  RMSprop, 5e-7 after 150 steps of warm-up, 64 rows, 1 epoch, 256 + 256 
 Differs   the code cuts a row at 512 tokens in all and a prompt at 256 only then; here a prompt has at most 256 and an
           answer at most 256. One epoch is counted as 160,800 rows [unverified].
 Shape     batch 64, 256 + 256 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/sft_hh_pythia_2p8b.py --topology v5e:4x4
+              EleutherAI/pythia-2.8b: 2.78 billion parameters on v5e:4x4, 16 devices (TPU v5e), mesh data=1 fsdp=16
+                tensor=1 context=1, microbatches=1
+              update: fits, 8.12 GiB of 15.75 GiB free (52%)
+              at best 199 ms, bound by ICI (compute 179 ms, HBM 89.7 ms, ICI 199 ms)
 """
 
 import functools

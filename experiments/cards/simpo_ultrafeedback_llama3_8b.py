@@ -12,6 +12,8 @@ Settings  β = 2.5, γ/β = 0.55, AdamW 1e-6 with a warm-up over a tenth and a c
 Differs   the code cuts a row at 2,048 tokens in all, a prompt at 1,800; here a prompt has at most 1,024 and an answer
           at most 1,024. One epoch is counted as 59,776 pairs [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32
+Plan      rljax plan experiments/cards/simpo_ultrafeedback_llama3_8b.py --topology v5e:8x8
+              not made yet
 """
 
 import functools

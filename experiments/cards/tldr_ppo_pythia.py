@@ -11,11 +11,13 @@ Expected  GPT-3.5 prefers 6.9B's summaries to the authors' in about 80% of cases
           of 50 to 85 nats (section 7.1) [unverified: from a summary of the paper]
 Settings  512 queries, 1,000,000 episodes (1,953 iterations), 4 epochs of one minibatch, AdamW with ε = 1e-5, 3e-6
           falling by a cosine, KL in the reward with β = 0.05, γ = 1, λ = 0.95, clips 0.2, value coefficient 0.1, T =
-          0.7, score −1 without an end token, rewards whitened without their mean, 53 tokens (ppo_left_padding_new.py,
-          reference_output/ppo.txt)
+          0.7, score −1 without an end token, rewards whitened without their mean, biased variances, 53 tokens
+          (ppo_left_padding_new.py, reference_output/ppo.txt)
 Differs   advantages are whitened over the batch, which is the paper's minibatch. The mean of the reward: see the step
           before.
 Shape     batch 512, 512 + 53 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/tldr_ppo_pythia.py --topology v5e:4x8 --model EleutherAI/pythia-2.8b-deduped
+              not made yet
 """
 
 import functools
@@ -34,6 +36,7 @@ experiment = presets.ppo_huang2024(
     optimizer=functools.partial(train.adamw, eps=1e-5, weight_decay=0.01),
     schedule=train.cosine,
     whiten_rewards=True,
+    whiten_ddof=0,
     batch=512,
     steps=1953,
     max_prompt=_tldr.QUERY,

@@ -15,6 +15,9 @@ Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine (sbatches/reward.sbatch), 6
 Differs   scores are brought to mean 0 and standard deviation 1 on samples of the SFT model (arXiv:1909.08593), where
           the paper subtracts the mean on the authors' summaries; accuracy is of pairs set aside from the training split
 Shape     batch 64, 512 + 169 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x4 --model
+              EleutherAI/pythia-2.8b-deduped
+              not made yet
 """
 
 import functools

@@ -14,6 +14,8 @@ Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine, 128 rows, 1 epoch of 116,7
           loss is on query and summary (sft.py, reference_output/sft.txt); queries of 512 tokens, summaries of 53
           (tldr_dataset.py). Weight decay 0.01, torch's default for AdamW.
 Shape     batch 128, 512 + 53 tokens, microbatches 1, remat dots, float32
+Plan      rljax plan experiments/cards/tldr_sft_pythia.py --topology v5e:4x4
+              not made yet
 """
 
 import functools

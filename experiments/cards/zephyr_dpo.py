@@ -13,6 +13,8 @@ Settings  β = 0.01, AdamW 5e-7 with a warm-up over a tenth and a cosine, 1 epoc
 Differs   the recipe's 1,024 tokens are of a whole row, in which a prompt has at most 512; one epoch is counted as
           61,135 pairs [unverified]; what is evaluated on is set aside from the training split
 Shape     batch 128, 512 + 512 tokens, microbatches 1, remat full, float32
+Plan      rljax plan experiments/cards/zephyr_dpo.py --topology v5e:8x8 --model mistralai/Mistral-7B-v0.1
+              not made yet
 """
 
 import functools

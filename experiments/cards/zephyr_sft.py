@@ -13,6 +13,8 @@ Settings  AdamW 2e-5 with a warm-up over a tenth and a cosine, 128 rows of 2,048
 Differs   dialogues are packed into rows, in which attention does not cross from one to the next, and only the
           assistant's turns are trained. One epoch is counted as 1,090 steps [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32
+Plan      rljax plan experiments/cards/zephyr_sft.py --topology v5e:8x8 --model mistralai/Mistral-7B-v0.1
+              not made yet
 """
 
 import functools
