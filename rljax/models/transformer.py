@@ -264,7 +264,8 @@ def look_around(config: ModelConfig, segments: Array, cache: Cache | None) -> tu
     length = segments.shape[1] if cache is None else cache.capacity
     cos, sin = tables(config, positions, length)
     keys = segments if cache is None else cache.segments
-    plain = cache is not None or kernels.choose(config, segments.shape[1], keys.shape[1]) == "xla"
+    filled = keys.shape[1] == segments.shape[1]  # rows as they are, or a cache as long as they, filled at once
+    plain = not filled or kernels.choose(config, segments.shape[1], keys.shape[1]) == "xla"
     bias = biases(window_choices(config), seen, positions, key_positions) if plain else None
     context = Context((Sight(segments, keys, bias),), cos=cos, sin=sin, index=index)
     return once(context), positions, cache

@@ -120,6 +120,7 @@ def experiment(name: str, model: str, folder):
     on = common | ONLINE | {"data": prompt}
     made = {
         "sft": lambda: offline.SFT(**common, data=sft_rows),
+        "packed": lambda: offline.SFT(**common, data=f"{folder}/texts.jsonl", packing=True),
         "reward": lambda: offline.RewardModel(**common, data=pair, normalize=8),
         "dpo": lambda: offline.Preference(**common, data=pair, loss=DPO, best="eval/loss", best_mode="min"),
         "dpo_fresh": lambda: offline.Preference(
@@ -131,6 +132,8 @@ def experiment(name: str, model: str, folder):
             normalize_running=True, ema=0.9, old_logps="trainer",
         ),
         "grpo_device": lambda: presets.grpo(**on | {"group": 2}, reward=short),
+        "online_dpo": lambda: presets.online_dpo(**on | {"group": 2}, reward=vowels),
+        "raft": lambda: presets.raft(**on | {"group": 2}, reward=vowels),
         "both": lambda: presets.remax(**on, reward=(short, vowels)),
         "dapo": lambda: presets.dapo(**on | {"group": 2, "max_age": 2, "overlong_buffer": 4}, reward=letters),
         "episodes": lambda: online.PPO(

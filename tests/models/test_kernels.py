@@ -17,6 +17,7 @@ from rljax import sharding
 from rljax.logprobs import token_logps
 from rljax.models import RULES, build, init_cache, kernels, share_prompts
 from rljax.models.attention import attend, biases, count_positions, visible
+from rljax.models.cache import lengthen
 from rljax.plan import costs, hlo, topologies
 from rljax.types import Tokens
 from tests.models.test_transformer import VARIANTS
@@ -148,6 +149,31 @@ def test_a_model_is_the_same_with_splash_on_a_mesh():
     theirs = trained(model_of("gemma", "xla"))
     mesh = sharding.make_mesh(fsdp=2, tensor=2, context=2)
     ours = trained(model_of("gemma", "splash", remat="dots"), mesh)
+    assert np.abs(theirs[1]).max() > 1
+    close(ours, theirs, 2e-5)
+
+
+def test_reading_prompts_into_a_cache_is_the_same_with_splash():
+    """The cache is as long as the prompts, so that it holds all that they see; the next token sees it by XLA."""
+    segments = rows()
+    ids = jax.random.randint(jax.random.key(1), segments.shape, 1, 60)
+
+    def read(kernel):
+        model = model_of("gemma", kernel)
+        params = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, model.init(jax.random.key(0)))
+
+        def whole(params):
+            cache = init_cache(model.config, 4, LENGTH, capacity=LENGTH + 1)
+            out = model.apply(params, ids, segments, cache=cache)
+            later = model.apply(params, ids[:, :1], segments[:, -1:], cache=lengthen(out.cache)).hidden
+            return jnp.where(segments[..., None] > 0, out.hidden, 0), jnp.where(segments[:, -1:, None] > 0, later, 0)
+
+        kernels_run = str(jax.make_jaxpr(whole)(params)).count("pallas_call")
+        return [np.asarray(x) for x in jax.jit(whole)(params)], kernels_run
+
+    (theirs, none), (ours, some) = read("xla"), read("splash")
+    assert none == 0
+    assert some >= model_of("gemma", "splash").config.num_layers
     assert np.abs(theirs[1]).max() > 1
     close(ours, theirs, 2e-5)
 
