@@ -63,9 +63,10 @@ def shape(run: Any) -> str:
 
 
 def planned(plan: str) -> list[tuple[str, str, str]]:
-    """[(model and slice, a step at best, memory of a device)] of the plans that a card quotes, all of which fit.
+    """[(model and slice, a step at best, memory of a device)] of the plans that a card quotes.
 
-    Of several functions it is the sum of their times, and the largest memory. A plan that nobody has made yet is "—".
+    Of several functions it is the sum of their times, and the largest memory. What is not known is "—": all of a plan
+    that is "not made yet", and the time of one that does not fit.
     """
     rows = []
     for quoted in plan.split("rljax plan ")[1:]:
@@ -76,11 +77,16 @@ def planned(plan: str) -> list[tuple[str, str, str]]:
         head = re.search(r": ([\d.]+ \w+) parameters on (\S+),", text)
         times = re.findall(r"at best ([\d.,]+) (ms|s|min),", text)
         memory = re.findall(r": fits, ([\d.]+) GiB of ([\d.]+) GiB free", text)
-        if head is None or not memory or len(times) != len(memory):
-            raise ValueError(f"these are not the lines of a plan that fits: {text[:80]!r}")
+        over = re.search(r"does not fit: needs ([\d.]+) GiB of ([\d.]+) GiB", text)
+        if head is None or not (over or (memory and len(times) == len(memory))):
+            raise ValueError(f"these are not the lines of a plan: {text[:80]!r}")
+        where = f"{head[1]} on {head[2]}"
+        if over:
+            rows.append((where, "—", f"{float(over[1]):.1f} of {float(over[2]):.1f} GiB: does not fit"))
+            continue
         step = sum(float(number.replace(",", "")) * SECONDS[unit] for number, unit in times)
         needed, limit = max((float(limit) - float(free), float(limit)) for free, limit in memory)
-        rows.append((f"{head[1]} on {head[2]}", f"{step:.2g} s", f"{needed:.1f} of {limit:.1f} GiB"))
+        rows.append((where, f"{step:.2g} s", f"{needed:.1f} of {limit:.1f} GiB"))
     return rows
 
 

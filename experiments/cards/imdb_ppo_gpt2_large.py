@@ -3,7 +3,7 @@
 Paper     Rafailov et al. 2023, arXiv:2305.18290, section 6.1, figure 2 (left) and appendix C.1 ("PPO-GT (our impl.)")
 Model     openai-community/gpt2-large after imdb_sft_gpt2_large.py
 Data      hf:stanfordnlp/imdb
-Hardware  planned for a v5e:2x4
+Hardware  planned for a v5e:4x4
 Run       rljax run experiments/cards/imdb_ppo_gpt2_large.py --kl_target 6 --name imdb_ppo_kl_6
 Expected  rewards of 0.49 at a KL of 1 nat to 0.89 at 12 (read off figure 2). A correct PPO with the true reward should
           lie on the frontier, not below DPO: see docs/papers for the same experiment where the frontier is known
@@ -12,7 +12,7 @@ Settings  KL targets {3, 6, 9, 12} (figure 2) held by the adaptive controller of
           rest are (`presets.ppo_ziegler2019`), at temperature 1; 1,024 samples an iteration (appendix C.1)
           [unverified]; SiEBERT's probability of POSITIVE is the reward. 200 iterations and 64 new tokens are ours.
 Shape     batch 1024, 16 + 64 tokens, microbatches 1, remat dots, float32
-Plan      rljax plan experiments/cards/imdb_ppo_gpt2_large.py --topology v5e:2x4 --model openai-community/gpt2-large
+Plan      rljax plan experiments/cards/imdb_ppo_gpt2_large.py --topology v5e:4x4 --model openai-community/gpt2-large
               not made yet
 """
 

@@ -3,7 +3,7 @@
 Paper     Meng et al. 2024, arXiv:2405.14734; its code, princeton-nlp/SimPO
 Model     meta-llama/Meta-Llama-3-8B-Instruct
 Data      hf:princeton-nlp/llama3-ultrafeedback
-Hardware  8 × H100 in the paper; planned here for a v5e:8x8
+Hardware  8 × H100 in the paper; planned here for a v5e:8x16
 Run       rljax run experiments/cards/simpo_ultrafeedback_llama3_8b.py
 Expected  AlpacaEval 2: 44.7 length-controlled, 40.5 plain; Arena-Hard: 33.8. DPO on the same pairs: 40.3, 37.9, 32.6;
           the model as it was: 26.0, 25.3, 22.3 (README of the code, "v0.1")
@@ -12,7 +12,7 @@ Settings  β = 2.5, γ/β = 0.55, AdamW 1e-6 with a warm-up over a tenth and a c
 Differs   the code cuts a row at 2,048 tokens in all, a prompt at 1,800; here a prompt has at most 1,024 and an answer
           at most 1,024. One epoch is counted as 59,776 pairs [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32
-Plan      rljax plan experiments/cards/simpo_ultrafeedback_llama3_8b.py --topology v5e:8x8
+Plan      rljax plan experiments/cards/simpo_ultrafeedback_llama3_8b.py --topology v5e:8x16
               not made yet
 """
 

@@ -5,7 +5,7 @@ Model     EleutherAI/pythia-2.8b-deduped after tldr_sft_pythia.py
 Data      hf:openai/summarize_from_feedback:comparisons
 Sizes     --model EleutherAI/pythia-1b-deduped or EleutherAI/pythia-6.9b-deduped in the first step. The steps find each
           other under runs/: start every size in a folder of its own.
-Hardware  8 × H100 in the paper; planned here for a v5e:4x4
+Hardware  8 × H100 in the paper; planned here for a v5e:4x8
 Run       rljax run experiments/cards/tldr_reward_model_pythia.py
 Then      rljax export runs/tldr_reward_model_pythia runs/tldr_reward_model_pythia/model, and tldr_ppo_pythia.py
 Expected  accuracy on the validation split: 0.628 with 1B, 0.669 with 2.8B, 0.689 with 6.9B (section 6.1) [unverified:
@@ -15,7 +15,7 @@ Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine (sbatches/reward.sbatch), 6
 Differs   scores are brought to mean 0 and standard deviation 1 on samples of the SFT model (arXiv:1909.08593), where
           the paper subtracts the mean on the authors' summaries; accuracy is of pairs set aside from the training split
 Shape     batch 64, 512 + 169 tokens, microbatches 1, remat dots, float32
-Plan      rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x4 --model
+Plan      rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x8 --model
               EleutherAI/pythia-2.8b-deduped
               not made yet
 """

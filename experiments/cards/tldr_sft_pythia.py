@@ -6,7 +6,7 @@ Model     EleutherAI/pythia-2.8b-deduped
 Data      hf:vwxyzjn/summarize_from_feedback_tldr_3_filtered
 Sizes     --model EleutherAI/pythia-1b-deduped or EleutherAI/pythia-6.9b-deduped in the first step. The steps find each
           other under runs/: start every size in a folder of its own.
-Hardware  8 × H100 in the paper; planned here for a v5e:4x4
+Hardware  8 × H100 in the paper; planned here for a v5e:4x8
 Run       rljax run experiments/cards/tldr_sft_pythia.py
 Then      rljax export runs/tldr_sft_pythia runs/tldr_sft_pythia/model, and tldr_reward_model_pythia.py
 Expected  ROUGE rises with the size (section 5.1); no figure could be checked
@@ -14,7 +14,7 @@ Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine, 128 rows, 1 epoch of 116,7
           loss is on query and summary (sft.py, reference_output/sft.txt); queries of 512 tokens, summaries of 53
           (tldr_dataset.py). Weight decay 0.01, torch's default for AdamW.
 Shape     batch 128, 512 + 53 tokens, microbatches 1, remat dots, float32
-Plan      rljax plan experiments/cards/tldr_sft_pythia.py --topology v5e:4x4
+Plan      rljax plan experiments/cards/tldr_sft_pythia.py --topology v5e:4x8
               not made yet
 """
 

@@ -378,3 +378,19 @@ def test_the_gallery_says_what_the_cards_say(cards):
     gallery = cards("_gallery")
     assert [problem for problem in map(gallery.drifted, gallery.cards()) if problem] == []
     assert gallery.PAGE.read_text() == gallery.page(), "run python experiments/cards/_gallery.py"
+
+
+def test_the_gallery_reads_plans(cards):
+    planned = cards("_gallery").planned
+    head = "rljax plan x.py --topology v5e:4x4\n  m: 2.78 billion parameters on v5e:4x4, 16 devices\n"
+    sampler = "sampler: fits, 6.00 GiB of 15.75 GiB free (38%)\nat best 1.50 s, bound by HBM\n"
+    update = "update: fits, 6.31 GiB of\n 15.75 GiB free (40%)\nat best 250 ms, bound by compute (compute 250 ms)\n"
+    where = "2.78 billion on v5e:4x4"
+    assert planned(head + sampler + update) == [(where, "1.8 s", "9.8 of 15.8 GiB")]
+    over = "update: does not fit: needs 41.45 GiB of 15.75 GiB, 25.70 GiB over\n"
+    assert planned(head + over + head + update) == [
+        (where, "—", "41.5 of 15.8 GiB: does not fit"),
+        (where, "0.25 s", "9.4 of 15.8 GiB"),
+    ]
+    with pytest.raises(ValueError, match="not the lines of a plan"):
+        planned(head)
