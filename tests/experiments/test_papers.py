@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from rljax import advantages, cli, losses, ops, papers
+from rljax import advantages, cli, losses, objectives, ops, papers, presets, shaping
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "papers"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -24,13 +24,20 @@ def run(monkeypatch):
         del sys.modules[name]
 
 
+FAILING = {  # published as failed: their pages say why
+    "overoptimization_rl": ["d (α − β ln d) fits"],
+    "length_bias": ["that is what the reward gains"],
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reproduction_passes(run, name, tmp_path):
     done = run(name)
-    assert done.holds, papers.text_table(done.result.checks)
+    failed = [check.claim for check in done.result.checks if not check.holds]
+    assert failed == FAILING.get(name, []), papers.text_table(done.result.checks)
     page = papers.write_page(done, tmp_path, how="test").read_text()
     assert page.startswith(f"# {done.title}\n")
-    assert page.count("**pass**") == len(done.result.checks)
+    assert page.count("**pass**") == len(done.result.checks) - len(failed)
     assert "Pass    " in done.text
     assert "arXiv:" in done.text
     pictures = sorted(tmp_path.glob("*.png"))
@@ -56,9 +63,23 @@ BROKEN = {
         "kto_loss",
         lambda now, ref, good, *args, **how: kto(now, ref, ~good, *args, **how),
     ),
+    "the mean is in it": (
+        presets,
+        "rloo",
+        functools.partial(presets.rloo, advantage=presets.dr_grpo.keywords["advantage"]),
+    ),
+    "the controller is turned round": (
+        advantages,
+        "adaptive_kl",
+        lambda c, kl, target, **how: adaptive(c, target**2 / kl, target=target, **how),
+    ),
+    "the best of the ensemble": (shaping, "worst_case", lambda scores: scores.max(0)),
+    "labels are turned round": (losses, "bradley_terry_loss", lambda won, lost: bradley_terry(lost, won)),
+    "no pretraining": (objectives, "policy", without(objectives.policy, pretrain=None)),
     "best of half as many": (ops, "best_of_n", lambda *args, n: best_of_n(*args, n=max(1, n // 2))),
 }
-best_of_n, dpo, kto = ops.best_of_n, losses.dpo_loss, losses.kto_loss
+best_of_n, dpo, kto, adaptive = ops.best_of_n, losses.dpo_loss, losses.kto_loss, advantages.adaptive_kl
+bradley_terry = losses.bradley_terry_loss
 FAILS = {
     "no clipping": ("ppo_clipping", "clipping bounds the worst update"),
     "rDPO is DPO": ("noisy_preferences", "rDPO keeps what clean labels give"),
@@ -68,6 +89,11 @@ FAILS = {
     "one length": ("grpo_biases", "Dr. GRPO: wrong answers stay"),
     "DPO with 2 β": ("dpo_frontier", "DPO on Bradley-Terry labels is π_ref tilted"),
     "thumbs are turned round": ("kto_unpaired", "KTO, all texts, at KL 1"),
+    "the mean is in it": ("rloo_vs_ppo", "RLOO, k = 4: no bias"),
+    "the controller is turned round": ("adaptive_kl", "KL from β = 1"),
+    "the best of the ensemble": ("overoptimization_rl", "WCO: as high"),
+    "labels are turned round": ("length_bias", "PPO writes longer"),
+    "no pretraining": ("ppo_ptx", "PPO-ptx does not"),
     "best of half as many": ("best_of_n_kl", "the estimator agrees"),
 }
 
