@@ -17,7 +17,10 @@ Differs   scores are brought to mean 0 and standard deviation 1 on samples of th
 Shape     batch 64, 512 + 169 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x8 --model
               EleutherAI/pythia-2.8b-deduped
-              not made yet
+              EleutherAI/pythia-2.8b-deduped: 2.78 billion parameters on v5e:4x8, 32 devices (TPU v5e), mesh data=1
+                fsdp=32 tensor=1 context=1, microbatches=1
+              update: fits, 8.22 GiB of 15.75 GiB free (52%)
+              at best 222 ms, bound by compute (compute 222 ms, HBM 131 ms, ICI 168 ms)
 """
 
 import functools
