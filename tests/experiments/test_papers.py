@@ -75,7 +75,7 @@ BROKEN = {
         "adaptive_kl",
         lambda c, kl, target, **how: adaptive(c, target**2 / kl, target=target, **how),
     ),
-    "the best of the ensemble": (shaping, "worst_case", lambda scores: scores.max(0)),
+    "one of the ensemble": (shaping, "worst_case", lambda scores: scores[0]),
     "labels are turned round": (losses, "bradley_terry_loss", lambda won, lost: bradley_terry(lost, won)),
     "no pretraining": (objectives, "policy", without(objectives.policy, pretrain=None)),
     "best of half as many": (ops, "best_of_n", lambda *args, n: best_of_n(*args, n=max(1, n // 2))),
@@ -93,18 +93,19 @@ FAILS = {
     "thumbs are turned round": ("kto_unpaired", "KTO, all texts, at KL 1"),
     "the mean is in it": ("rloo_vs_ppo", "k changes the noise alone"),
     "the controller is turned round": ("adaptive_kl", "KL from β = 1"),
-    "the best of the ensemble": ("overoptimization_rl", "WCO: as high"),
+    "one of the ensemble": ("overoptimization_rl", "WCO: falls less"),
     "labels are turned round": ("length_bias", "PPO writes longer"),
     "no pretraining": ("ppo_ptx", "PPO-ptx does not"),
     "best of half as many": ("best_of_n_kl", "the estimator agrees"),
 }
+SLOW = ("adaptive_kl", "dpo_frontier", "kto_unpaired", "length_bias", "ppo_ptx", "rloo_vs_ppo")  # hold for one seed too
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
     monkeypatch.setattr(*BROKEN[what])
     name, claim = FAILS[what]
-    failed = [check.claim for check in run(name, seeds=1).result.checks if not check.holds]
+    failed = [check.claim for check in run(name, seeds=1 if name in SLOW else 3).result.checks if not check.holds]
     assert claim in failed
 
 
