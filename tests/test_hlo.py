@@ -124,6 +124,39 @@ def test_a_scan_reads_the_slice_of_a_stack_that_it_uses(platform):
     assert stack <= counted < 3.5 * stack  # read, and where the slice is copied first, written and read again
 
 
+NESTED = """
+%layer (stack: f32[28,512]) -> f32[512] {
+  %stack = f32[28,512]{1,0} parameter(0)
+  %taken = f32[1,512]{1,0} slice(%stack), slice={[3:4], [0:512]}
+  ROOT %flat = f32[512]{0} bitcast(%taken)
+}
+
+%same (whole: f32[512]) -> f32[512] {
+  %whole = f32[512]{0} parameter(0)
+  ROOT %again = f32[512]{0} bitcast(%whole)
+}
+
+%product (a: f32[28,512], b: f32[512]) -> f32[512] {
+  %a = f32[28,512]{1,0} parameter(0)
+  %b = f32[512]{0} parameter(1)
+  %one = f32[512]{0} fusion(%a), kind=kLoop, calls=%layer
+  %other = f32[512]{0} fusion(%b), kind=kLoop, calls=%same
+  ROOT %times = f32[512]{0} multiply(%one, %other)
+}
+
+ENTRY %main (x: f32[28,512], y: f32[512]) -> f32[512] {
+  %x = f32[28,512]{1,0} parameter(0)
+  %y = f32[512]{0} parameter(1)
+  ROOT %z = f32[512]{0} fusion(%x, %y), kind=kLoop, calls=%product
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_reads_what_it_takes():
+    """A layer of a stack, another array through a fusion that changes nothing, and the result: 2,048 bytes each."""
+    assert costs.count(hlo.parse(NESTED)).bytes == 3 * 512 * 4
+
+
 def test_kernels_say_what_they_cost():
     line = (
         '  ROOT %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", '

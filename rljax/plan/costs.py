@@ -375,15 +375,10 @@ def _fusion_traffic(one: Instruction, operands: list[Instruction], module: Modul
     aliased = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", one.attributes)
     pairs = re.findall(r"\{(\d*)\}: \((\d+)", aliased[1]) if aliased else []
     passed, taken = {int(out or 0) for out, _ in pairs}, {int(operand) for _, operand in pairs}
-    parameters = {
-        int(match[0]): part.name
-        for part in inner.values()
-        if part.opcode == "parameter" and (match := re.match(r"\d+", part.attributes))
-    }
-    total = 0.0
+    parameters, total = _parameters(inner), 0.0
     for place, operand in enumerate(operands):
         if place not in taken and place in parameters:
-            total += _read(parameters[place], inner, _hbm(operand.shapes))
+            total += _read(parameters[place], inner, _hbm(operand.shapes), module)
     root = _root(inner)
     results = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for place, (shape, made) in enumerate(zip(one.shapes, results, strict=False)):
@@ -394,11 +389,20 @@ def _fusion_traffic(one: Instruction, operands: list[Instruction], module: Modul
     return total
 
 
-def _read(name: str, inner: Computation, whole: int) -> float:
-    """What a fusion reads of one of its operands."""
+def _parameters(inner: Computation) -> dict[int, str]:
+    """{place: name}"""
+    return {
+        int(match[0]): part.name
+        for part in inner.values()
+        if part.opcode == "parameter" and (match := re.match(r"\d+", part.attributes))
+    }
+
+
+def _read(name: str, inner: Computation, whole: int, module: Module) -> float:
+    """What a fusion reads of one of its operands, also by a fusion within it."""
     if not whole:
         return 0.0
-    total = 0.0
+    total = float(whole) if _root(inner).name == name else 0.0  # as it is: somebody reads it further on
     for user in inner.values():
         if name not in user.operands:
             continue
@@ -407,7 +411,11 @@ def _read(name: str, inner: Computation, whole: int) -> float:
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             continue
         elif user.opcode == "bitcast":
-            total += _read(user.name, inner, whole)
+            total += _read(user.name, inner, whole, module)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called("calls") or ""]
+            places = [place for place, operand in enumerate(user.operands) if operand == name]
+            total += sum(_read(_parameters(nested)[place], nested, whole, module) for place in places)
         else:
             return float(whole)
     return min(total, float(whole))
