@@ -17,7 +17,9 @@ Set-up  Completions, gold reward and proxies of `overoptimization_best_of_n.py` 
 Pass    Gold: the peak lies inside, the fall from it is at least 15% of it, the proxy never falls by 0.05; R² of both
         forms is at least 0.9; gold with β = 0.1 and 0.3 is within 0.1 of that with β = 0 at equal KL. WCO and UWO: a
         peak at least the single proxy's, and at most half its fall, as shares of the peaks. Three seeds. It fails for
-        d (α − β ln d), R² 0.897, for the reason above: d (α − β d) has 0.999.
+        d (α − β ln d), R² 0.897, for the reason above: d (α − β d) has 0.999. After a first run two things were
+        changed: falls are compared as shares of the peaks (as absolute falls, WCO and UWO kept 0.66 and 0.62 of the
+        single proxy's, not half), and β is 0.1 and 0.3, since 0.01 and 0.05 bind nowhere here.
 """
 
 import functools

@@ -15,7 +15,9 @@ Set-up  The transformer of `_tiny.py`, first trained on texts of a bigram: 12 wo
 Pass    With γ = 0 the loss rises by at least 0.2 nats a word; with γ = 1 by at most 0.1, at 90% or more of the gain in
         reward. In full: no larger β has at most 0.1 and as much of the gain as γ = 1. Three seeds. The 90% fail: a
         transformer of one layer and 32 units pays for what it keeps. γ = 1 has 64% of the gain after 120 iterations,
-        and is still rising; γ = 0.3 has 84%, with twice the loss that was allowed. No β comes near either.
+        and is still rising; γ = 0.3 has 84%, with twice the loss that was allowed. No β comes near either. After a
+        first run the bar for β was lowered from 90% of the gain to that of γ = 1, its grid with it, and pretraining
+        text was taken after the openings 8 to 15 alone: after the prompts' own it contradicts the reward.
 """
 
 import dataclasses
