@@ -86,6 +86,21 @@ def test_ppo_sentiment_does_not_train_on_what_it_is_judged_by():
     assert not {row["prompt"] for row in module.openings(None, None)} & set(dpo.HELD_OUT)
 
 
+@pytest.mark.slow
+def test_the_sentiment_frontier_has_a_point_for_every_checkpoint(stories, tmp_path):
+    """Of a method of each kind; begun again with one more, the runs that stand are looked at and not repeated."""
+    argv = ["run", str(EXPERIMENTS / "sentiment_frontier.py"), "--model", str(stories), "--out", str(tmp_path / "runs")]
+    argv += ["--steps", "2", "--steps-ppo", "2", "--batch", "8", "--looks", "2", "--openings", "12"]
+    for methods in (["dpo-0.1", "ppo-6"], ["dpo-0.1", "unlikelihood"]):
+        assert cli.main([*argv, "--methods", *methods]) == 0
+        points = tracking.read_rows(tmp_path / "runs" / "frontier.jsonl")
+        assert [(point["method"], point["step"]) for point in points] == [(m, s) for m in methods for s in (1, 2)]
+        assert all(-1 <= point["reward/mean"] <= 1 and point["kl"] == point["kl"] for point in points)
+        assert any(abs(point["kl"]) > 1e-6 for point in points)
+    assert (tmp_path / "runs" / "frontier.png").stat().st_size > 10_000
+    assert cli.main([*argv, "--methods", "dpo"]) == 2
+
+
 # --- rlhf_sentiment ---------------------------------------------------------------------------------------------------
 
 
