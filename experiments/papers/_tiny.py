@@ -36,7 +36,7 @@ SETTINGS: dict[str, Any] = {"model": "random", "data": "random", "max_prompt": P
 
 def valence(tokens: Tokens) -> Array:
     """The mean valence of the words written, in [0, 1]; words that are not written count 0."""
-    return jnp.sum(jnp.where(tokens.mask, LEXICON[tokens.ids], 0.0), axis=1) / LENGTH
+    return jnp.sum(jnp.where(tokens.mask, LEXICON[tokens.ids], 0.0), axis=-1) / LENGTH
 
 
 def make_prompts(key: Array, n: int, low: int = 0, high: int = WORDS) -> Tokens:
