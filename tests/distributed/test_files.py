@@ -18,7 +18,7 @@ SHARE = {"fsdp": 0.51, "both": 0.51, "tensor": 0.75}  # a half and the norms; fo
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
-    pair.run(pair.module("checkpoint_files", str(FOLDER / "llama"), str(folder)), folder / "said", seconds=150)
+    pair.run(pair.module("checkpoint_files", str(FOLDER / "llama"), str(folder)), folder / "said", seconds=300)
     return folder, [json.loads((folder / f"seen.{i}.json").read_text()) for i in (0, 1)]
 
 
