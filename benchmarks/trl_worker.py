@@ -1,9 +1,9 @@
 """TRL's side of `compare.py`: its own trainers on Llamas of the same shape of random weights.
 
 Float32 on CPU; on a GPU bfloat16 as TRL does it: weights and optimizer in float32 under autocast, and for `generate` a
-model in bfloat16. Gradient checkpointing is off. Run by `compare.py --trl-python PYTHON`, where PYTHON has torch and
-trl 1.12 (the last with PPO); it speaks the protocol of `machine.serve`. Written for a GPU too, but so far run on CPUs
-only.
+model in bfloat16. Gradient checkpointing is off. Run by `compare.py --trl-python PYTHON`, where PYTHON has torch, trl
+1.12 (the last with PPO) and requests, which TRL imports and does not ask for; it speaks the protocol of
+`machine.serve`. Written for a GPU too, but so far run on CPUs only.
 
 What is compared:
 
