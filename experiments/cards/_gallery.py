@@ -23,7 +23,8 @@ Full-size runs of papers, for those who have the machines: ordinary experiment f
 data sets, models and hyper-parameters of the papers. **None of them has been run at full size here.** What is checked:
 that each takes two steps on a random small model of its family and rows in the format of its data set
 (`tests/experiments/test_cards.py`), and what the compiler says of the slice it is planned for (`rljax plan`, see
-[scaling](scaling.md)). Times are at best, memory is of a device.
+[scaling](scaling.md)). Times are at best, memory is of a device. Where a time is bound by compute or ICI, the HBM time
+beside it may be too long: most of them were counted before plans followed fusions within fusions.
 
 Every figure has its source. *[unverified]* marks what could not be checked against a paper's text or code; *ours* what
 no source states. Data are read from the Hugging Face hub (`pip install "rljax[datasets]"`), or from files in the same

@@ -17,11 +17,11 @@ Plan      rljax plan experiments/cards/imdb_ppo_gpt2_large.py --topology v5e:4x4
                 fsdp=16 tensor=1 context=1, microbatches=1
               sampler (the longest case: every row is written to its last token): fits, 10.93 GiB of 15.75 GiB free
                 (69%)
-              at best 4.07 s, bound by HBM (compute 39 ms, HBM 4.07 s, ICI 14.5 ms)
+              at best 203 ms, bound by HBM (compute 39 ms, HBM 203 ms, ICI 14.5 ms)
               notes (reference, values): fits, 13.84 GiB of 15.75 GiB free (88%)
               at best 80.8 ms, bound by ICI (compute 77.7 ms, HBM 35.6 ms, ICI 80.8 ms)
               update: fits, 8.22 GiB of 15.75 GiB free (52%)
-              at best 727 ms, bound by HBM (compute 501 ms, HBM 727 ms, ICI 287 ms)
+              at best 501 ms, bound by compute (compute 501 ms, HBM 405 ms, ICI 287 ms)
 """
 
 import _imdb
