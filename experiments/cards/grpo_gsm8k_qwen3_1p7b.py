@@ -17,13 +17,13 @@ Shape     batch 64 × 8, 256 + 1024 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/grpo_gsm8k_qwen3_1p7b.py --topology v6e:8x8
               Qwen/Qwen3-1.7B: 1.72 billion parameters on v6e:8x8, 64 devices (TPU v6e), mesh data=1 fsdp=64
                 tensor=1 context=1, microbatches=1
-              sampler (the longest case: every row is written to its last token): fits, 24.98 GiB of 31.25 GiB free
+              sampler (the longest case: every row is written to its last token): fits, 24.99 GiB of 31.25 GiB free
                 (80%)
-              at best 50.6 s, bound by HBM (compute 34.1 ms, HBM 50.6 s, ICI 16.9 ms)
+              at best 3 s, bound by HBM (compute 34.1 ms, HBM 3 s, ICI 16.9 ms)
               notes (reference, values): fits, 29.62 GiB of 31.25 GiB free (95%)
               at best 150 ms, bound by HBM (compute 33.7 ms, HBM 150 ms, ICI 20.4 ms)
               update: fits, 16.94 GiB of 31.25 GiB free (54%)
-              at best 495 ms, bound by HBM (compute 110 ms, HBM 495 ms, ICI 369 ms)
+              at best 446 ms, bound by HBM (compute 110 ms, HBM 446 ms, ICI 369 ms)
 """
 
 import functools
