@@ -17,9 +17,9 @@ Set-up  `overoptimization_best_of_n.py` and `overoptimization_rl.py` with models
 Pass    Best-of-n: d (α − β d) has R² of at least 0.95 for every size, and α grows with the preferences. PPO: the peak
         lies inside for every size and the fall from it is at least 15% of it; the proxy's reward at the end is at least
         95% of its highest; both laws have R² of at least 0.9; the peak grows with the preferences. Means of three
-        seeds. It fails for d (α − β ln d), the paper's law of PPO, for 300 and 1,000 preferences (0.87 and 0.84): gold
-        falls faster, nearly with d², since these texts end as one word over and over, and the penalty on repetition
-        grows with it; d (α − β d) has at least 0.96 for all.
+        seeds. It fails for d (α − β ln d), the paper's law of PPO, with 1,000 preferences (R² 0.87), and with others
+        where PPO ends earlier, as in --quick: gold falls faster, nearly with d², since these texts end as one word over
+        and over, and the penalty on repetition grows with it; d (α − β d) has at least 0.97 for all.
 """
 
 import functools
