@@ -33,6 +33,7 @@ Plan      rljax plan experiments/cards/tldr_ppo_pythia.py --topology v5e:4x8 --m
                 free (38%)
               at best 9.02 s, bound by HBM (compute 2.89 s, HBM 9.02 s, ICI 548 ms)
               note: a loop whose rounds data decide is counted once: jit(_whole)/while
+          (the HBM time is too long: counted before plans followed fusions within fusions)
 """
 
 import functools
