@@ -32,13 +32,6 @@ REWARD = functools.partial(rewards.vader_sentiment, judged="prompt+completion")
 COLORS = {"dpo": "#0072B2", "preferred": "#E69F00", "unlikelihood": "#D55E00", "ppo": "#009E73"}
 
 
-def unlikelihood(chosen: jax.Array, rejected: jax.Array, *, alpha: float = 0.5) -> jax.Array:
-    """−log π(chosen) + α log π(rejected) (Welleck et al. 2019, arXiv:1908.04319, as the paper has it); α = 0 is
-    fine-tuning on what was preferred.
-    """
-    return losses.nll_loss(chosen) - alpha * losses.nll_loss(rejected)
-
-
 def experiments(common: Mapping[str, Any], pairs: str, prompts: str, steps_ppo: int) -> dict[str, Any]:
     """{name: what it trains}."""
     on_pairs = functools.partial(offline.Preference, **common, data=pairs)
@@ -47,8 +40,8 @@ def experiments(common: Mapping[str, Any], pairs: str, prompts: str, steps_ppo: 
         f"dpo-{beta:g}": on_pairs(name=f"dpo-{beta:g}", loss=functools.partial(losses.dpo_loss, beta=beta))
         for beta in (0.05, 0.1, 1.0, 5.0)
     }
-    found["preferred"] = alone(name="preferred", loss=functools.partial(unlikelihood, alpha=0.0))
-    found["unlikelihood"] = alone(name="unlikelihood", loss=unlikelihood)
+    for name, alpha in (("preferred", 0.0), ("unlikelihood", 0.5)):
+        found[name] = alone(name=name, loss=functools.partial(losses.unlikelihood_loss, alpha=alpha))
     for target in (3, 6, 9, 12):
         found[f"ppo-{target}"] = online.PPO(
             **{**common, "steps": steps_ppo, "max_completion": sentiment.TOKENS},

@@ -187,6 +187,7 @@ TABLE = [
     ),
     *mutations("losses.cpo_loss", ("beta * ", ""), ("logps) - as", "logps) + as"), ("-log_sigmoid", "log_sigmoid")),
     *mutations("losses.slic_loss", ("relu(", "("), ("delta - ", "delta + "), ("+ as_float", "- as_float")),
+    *mutations("losses.unlikelihood_loss", ("alpha * ", ""), (") - as_float", ") + as_float"), ("alpha *", "-alpha *")),
     *mutations(
         "losses.kto_loss",
         ("jnp.maximum(as_float(kl), 0.0)", "as_float(kl)"),

@@ -64,10 +64,6 @@ def preference(values: Callable[[Array, Array, Array, Array], Array]) -> LossFn:
     return loss_fn
 
 
-def unlikelihood(won: Array, lost: Array, *_: Array, alpha: float = 0.5) -> Array:
-    return losses.nll_loss(won) - alpha * losses.nll_loss(lost)
-
-
 def learn_offline(
     key: Array, beta: Array | float, *, looks: tuple[int, ...], values: Callable[..., Array] | None = None
 ) -> Array:
@@ -166,7 +162,10 @@ def runs(*, seeds: int, quick: bool) -> dict[str, np.ndarray]:
     offline = functools.partial(learn_offline, looks=LOOKS[:-1] if quick else LOOKS)
     dpo = over_seeds(offline, BETAS)
     got = {f"DPO β = {beta:g}": dpo[:, i] for i, beta in enumerate(BETAS)}
-    others = {"preferred fine-tuning": lambda won, *_: losses.nll_loss(won), "unlikelihood": unlikelihood}
+    others = {
+        "preferred fine-tuning": lambda won, *_: losses.nll_loss(won),
+        "unlikelihood": lambda won, lost, *_: losses.unlikelihood_loss(won, lost, alpha=0.5),
+    }
     got |= {name: over_seeds(functools.partial(offline, beta=1.0, values=values)) for name, values in others.items()}
     for reward in ("true",) if quick else ("true", "learned"):
         run = functools.partial(learn_online, reward=reward, batches=120 if quick else 300)

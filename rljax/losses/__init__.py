@@ -32,6 +32,7 @@ from rljax.losses.preference import (
     simpo_loss,
     slic_loss,
     sppo_loss,
+    unlikelihood_loss,
 )
 from rljax.losses.reward import best_of_k_loss, bradley_terry_loss
 from rljax.losses.supervised import nll_loss
@@ -66,5 +67,6 @@ __all__ = [
     "simpo_loss",
     "slic_loss",
     "sppo_loss",
+    "unlikelihood_loss",
     "value_clip_loss",
 ]

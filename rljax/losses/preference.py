@@ -343,6 +343,17 @@ def slic_loss(policy_chosen_logps: Logps, policy_rejected_logps: Logps, *, delta
     return relu(delta - as_float(policy_chosen_logps) + as_float(policy_rejected_logps))
 
 
+def unlikelihood_loss(policy_chosen_logps: Logps, policy_rejected_logps: Logps, *, alpha: Scalar) -> Loss:
+    """Likelihood of the preferred, unlikelihood of the other (Welleck et al. 2019, arXiv:1908.04319); no reference.
+
+    loss = −log π(y_w) + α log π(y_l)
+
+    As the baseline of DPO (Rafailov et al. 2023, arXiv:2305.18290, section 6) has it: of whole responses, log π(y_l)
+    in place of −log(1 − π(y_l)). Without a lower bound for α > 0; α = 0 is fine-tuning on what was preferred.
+    """
+    return alpha * as_float(policy_rejected_logps) - as_float(policy_chosen_logps)
+
+
 def kto_loss(
     policy_logps: Logps,
     ref_logps: Logps,
