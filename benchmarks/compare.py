@@ -64,7 +64,7 @@ def measured(
 ) -> dict[str, machine.Worker]:
     """The workers of a group after their rounds; those that end early are reported and missing."""
     env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if len(group) > 1 else {}
-    env |= machine.HUGE_PAGES if options.huge_pages else {}
+    env |= machine.MALLOC[options.malloc]
     ready: dict[str, machine.Worker] = {}
     with contextlib.ExitStack() as stack:
         for name in group:
@@ -84,7 +84,7 @@ def compare(shape: str, figure: str, options: argparse.Namespace, keep: Callable
     """Measure one figure. Returns {library: its line, (library, "ratio"): ours over its}."""
     sizes, of, found = sizes_of(shape, options.scale), commands(shape, figure, options), {}
     label = {"shape": shape, "figure": figure, "sizes": sizes._asdict()}
-    how = {"cores": options.cores or os.cpu_count(), "huge_pages": options.huge_pages}
+    how = {"cores": options.cores or os.cpu_count(), "malloc": options.malloc}
     workers: dict[str, machine.Worker] = {}
 
     def numbers(worker: machine.Worker) -> Found:
@@ -143,9 +143,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="that many times the batches of `shapes.py`")
     parser.add_argument("--at-once", type=int, help="how many libraries share the memory; 1: one after the other")
     parser.add_argument("--cores", type=int, help="pin to so many cores")
-    parser.add_argument(
-        "--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the workers"
-    )
+    machine.add_malloc(parser)
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results", help="folder of the kept lines")
     options = parser.parse_args()
     options.results.mkdir(parents=True, exist_ok=True)

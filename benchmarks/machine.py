@@ -5,6 +5,7 @@ Nothing here imports JAX or torch before it is asked to, so that scripts of eith
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 PEAK_SIZE = {"cpu": 1024, "gpu": 8192, "tpu": 8192}  # rows of the square product that stands for the machine's peak
 
@@ -125,10 +126,18 @@ def device() -> str:
     return sys.modules["jax"].devices()[0].device_kind if "jax" in sys.modules else "cpu"
 
 
-def now() -> tuple[float, float]:
-    """(seconds by the clock, seconds of this process's threads), once all that was started is done."""
+class Moment(NamedTuple):
+    seconds: float  # by the clock
+    cpu_seconds: float  # of this process's threads
+    system_seconds: float  # of them, in the kernel
+    page_faults: float  # pages of memory that the kernel had to give
+
+
+def now() -> Moment:
+    """Once all that was started is done."""
     synchronize()
-    return time.perf_counter(), time.process_time()
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return Moment(time.perf_counter(), time.process_time(), used.ru_stime, used.ru_minflt)
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -181,7 +190,7 @@ class Turns:
 
     def __init__(self, facts: Callable[[], dict[str, Any]], *, warm_up: int = 2, **measures: Callable[[], float]):
         self.facts, self.warm_up, self.measures = facts, warm_up, measures
-        self.steps, self.start = 0, (0.0, 0.0)
+        self.steps, self.start = 0, now()
 
     def begin(self) -> None:
         if self.steps == self.warm_up:
@@ -190,11 +199,10 @@ class Turns:
             os._exit(0)  # the trainer around may not be in its main thread
         self.start = now()
 
-    def end(self, start: tuple[float, float], stop: tuple[float, float]) -> None:
-        """start, stop: of `now`."""
+    def end(self, start: Moment, stop: Moment) -> None:
         self.steps += 1
         if self.steps > self.warm_up:
-            found = {"seconds": stop[0] - start[0], "cpu_seconds": stop[1] - start[1]}
+            found = {name: getattr(stop, name) - getattr(start, name) for name in Moment._fields}
             self._say(found | {name: measure() for name, measure in self.measures.items()})
 
     def _say(self, found: dict[str, Any]) -> None:
@@ -242,17 +250,25 @@ class Worker:
         raise RuntimeError(f"a benchmark worker ended early (exit status {self.process.wait()}): {command}")
 
 
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# XLA on CPU allocates its temporaries anew at every step, and glibc maps and unmaps what is large: a page fault for
+# every 4 KiB, which a virtual machine may make expensive. Large pages make them fewer. Kept memory makes none, but all
+# threads share one heap then, as only the main one may be large. A process can only be told at birth.
+MALLOC = {
+    "default": {},
+    "huge-pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    "kept": {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"},
+}
+
+
+def add_malloc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--malloc", choices=MALLOC, default="default", help="what glibc does with memory: machine.MALLOC"
+    )
 
 
 @contextlib.contextmanager
 def worker(command: Sequence[str], cores: int | None = None, env: Mapping[str, str] | None = None) -> Iterator[Worker]:
-    """One that is ready (has compiled); it is ended on leaving.
-
-    cores pins it to so many (Linux). With HUGE_PAGES as `env` glibc asks for large pages, which a process can only do
-    at birth: XLA on CPU maps its temporaries anew at every step, and their page faults are a quarter of a small model's
-    step.
-    """
+    """One that is ready (has compiled); it is ended on leaving. cores pins it to so many (Linux); env: see MALLOC."""
     started = Worker(command, cores, env)
     try:
         started.get_ready()

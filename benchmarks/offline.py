@@ -159,7 +159,7 @@ def figures(shape: str, update: str, pairs: int, worker: machine.Worker) -> dict
     return {
         "seconds": seconds,
         "seconds_best": worker.best("seconds"),
-        "cpu_seconds": worker.median("cpu_seconds"),
+        **{name: worker.median(name) for name in ("cpu_seconds", "system_seconds", "page_faults")},
         "rounds": len(worker.rounds),
         "tokens_per_second": 2 * pairs * (PROMPT + RESPONSE) / seconds,
         "flops_per_second": rate,
@@ -176,14 +176,14 @@ def measure(options: argparse.Namespace, update: str, dtype: str) -> None:
     case = ["--shape", options.shape, "--pairs", str(pairs), "--update", update, "--dtype", dtype]
     share = "--share-prompts" if options.share_prompts else "--no-share-prompts"
     how = [share, "--remat", options.remat, "--unroll", str(options.unroll), "--worker"]
-    env = machine.HUGE_PAGES if options.huge_pages else None
+    env = machine.MALLOC[options.malloc]
     with machine.worker([sys.executable, __file__, *case, *how], options.cores, env) as ours:
         machine.take_turns([ours], options.rounds)
         machine.emit(
             library="rljax",
             **{"shape": options.shape, "update": update, "pairs": pairs, **settings},
             cores=options.cores or os.cpu_count(),
-            huge_pages=options.huge_pages,
+            malloc=options.malloc,
             **figures(options.shape, update, pairs, ours),
             **machine.description(),
         )
@@ -203,9 +203,7 @@ def main() -> None:
     parser.add_argument("--unroll", type=int, default=1, help="layers per step of the scan over layers; 0: all")
     parser.add_argument("--share-prompts", action=argparse.BooleanOptionalAction, default=True, help="of DPO pairs")
     parser.add_argument("--cores", type=int, help="pin to so many cores; with 1, cpu_seconds is fair on a busy machine")
-    parser.add_argument(
-        "--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the workers"
-    )
+    machine.add_malloc(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:

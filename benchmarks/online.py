@@ -308,7 +308,7 @@ def figures(name: str, figure: str, sizes: Sizes, worker: machine.Worker) -> dic
     return {
         "seconds": seconds,
         "seconds_best": worker.best("seconds"),
-        "cpu_seconds": worker.median("cpu_seconds"),
+        **{name: worker.median(name) for name in ("cpu_seconds", "system_seconds", "page_faults")},
         "rounds": len(worker.rounds),
         "tokens_per_second": tokens / seconds,
         "tokens_per_second_best": tokens / worker.best("seconds"),
@@ -326,14 +326,14 @@ def measure(options: argparse.Namespace, figure: str) -> None:
     case = ["--shape", options.shape, "--scale", str(options.scale), "--figure", figure, "--reward", options.reward]
     how = ["--remat", options.remat, "--unroll", str(options.unroll), "--warm-up", str(options.warm_up), "--worker"]
     settings = {"remat": options.remat, "unroll": options.unroll or "all", "reward": options.reward}
-    env = machine.HUGE_PAGES if options.huge_pages else None
+    env = machine.MALLOC[options.malloc]
     with machine.worker([sys.executable, __file__, *case, *how], options.cores, env) as ours:
         machine.take_turns([ours], options.rounds)
         machine.emit(
             library="rljax",
             **{"shape": options.shape, "figure": figure, "sizes": sizes._asdict(), **settings},
             cores=options.cores or os.cpu_count(),
-            huge_pages=options.huge_pages,
+            malloc=options.malloc,
             **figures(options.shape, figure, sizes, ours),
             **machine.description(),
         )
@@ -349,9 +349,7 @@ def main() -> None:
     parser.add_argument("--unroll", type=int, default=1, help="layers per step of the scan over layers; 0: all")
     parser.add_argument("--reward", choices=("device", "host"), default="device")
     parser.add_argument("--cores", type=int, help="pin to so many cores; with 1, cpu_seconds is fair on a busy machine")
-    parser.add_argument(
-        "--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the workers"
-    )
+    machine.add_malloc(parser)
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the first that is measured")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
