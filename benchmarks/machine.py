@@ -239,7 +239,7 @@ class Worker:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()  # waits, and closes the pipes
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
