@@ -105,6 +105,7 @@ def main(
     folder = pathlib.Path(out)
     pairs, prompts = folder / "pairs.jsonl", folder / "prompts.jsonl"
     if not pairs.exists():
+        print(f"sampling {samples} continuations of each of {openings} openings …", flush=True)
         start = policy.load(model)
         made = sentiment.sampled_pairs(start, jax.random.key(seed), openings=openings, samples=samples)
         data.write_jsonl(prompts, [{"prompt": opening} for opening in sentiment.TRAIN[:openings]])
@@ -123,6 +124,7 @@ def main(
         status = (online if isinstance(run, online.PPO) else offline).run(run)
         if status:
             return status
+        print(f"{name}: sampling from its checkpoints …", flush=True)
         points += [look(folder / name, step, seed) for step in range(length, run.steps + 1, length)]
     (folder / "frontier.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     draw(points, folder / "frontier.png")

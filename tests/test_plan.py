@@ -280,8 +280,9 @@ def test_reward_models_are_held_too(tmp_path):
     for name, architecture in (("policy", "LlamaForCausalLM"), ("judge", "LlamaForSequenceClassification")):
         (tmp_path / name).mkdir()
         write(tmp_path / name, SMALL | {"architectures": [architecture]}, "")
-    judge = str(tmp_path / "judge")
-    reward = rewards.from_checkpoint(judge), rewards.from_checkpoint("runs/to-come", name="later")
+    judge, fixtures = str(tmp_path / "judge"), pathlib.Path(__file__).parent / "models" / "fixtures"
+    encoder = rewards.from_checkpoint(str(fixtures / "encoder_roberta_classifier"), label="POSITIVE", name="mood")
+    reward = rewards.from_checkpoint(judge), rewards.from_checkpoint("runs/to-come", name="later"), encoder
     run = presets.ppo_huang2024(model=str(tmp_path / "policy"), data="none.jsonl", reward=reward, critic=judge, batch=8)
     made = programs.programs(run, program.make_mesh(run), planning.describe(run.model))
     split, norms = weights(SMALL)
@@ -292,6 +293,8 @@ def test_reward_models_are_held_too(tmp_path):
     assert held["reward judge"] == 4 * (no_output // 8 + norms) + head
     assert held["critic"] == held["policy"] + head  # it reads with the policy's embedding and has its output matrix
     assert "the reward later is left out" in " ".join(made.notes)
+    assert made.notes[-1] == "the reward mood, an encoder, judges texts between the programs: not counted"
+    assert "reward mood" not in held
     assert [one.name for one in made.programs] == ["sampler", "notes (reference, values)", "update"]
 
 

@@ -16,22 +16,21 @@ from rljax import cli
 FOLDER = pathlib.Path(__file__).parent
 PAGE = FOLDER.parents[1] / "docs" / "cards.md"
 FIELDS = ("Paper", "Model", "Data", "Hardware", "Run", "Expected", "Settings", "Shape", "Plan")  # what every card says
-SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
+SECONDS = {"µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 INTRODUCTION = """# Reproduction cards
 
 Full-size runs of papers, for those who have the machines: ordinary experiment files in `experiments/cards/` with the
 data sets, models and hyper-parameters of the papers. **None of them has been run at full size here.** What is checked:
 that each takes two steps on a random small model of its family and rows in the format of its data set
 (`tests/experiments/test_cards.py`), and what the compiler says of the slice it is planned for (`rljax plan`, see
-[scaling](scaling.md)). Times are at best, memory is of a device. Where a time is bound by compute or ICI, the HBM time
-beside it may be too long: most of them were counted before plans followed fusions within fusions.
+[scaling](scaling.md)). Times are at best, memory is of a device.
 
 Every figure has its source. *[unverified]* marks what could not be checked against a paper's text or code; *ours* what
 no source states. Data are read from the Hugging Face hub (`pip install "rljax[datasets]"`), or from files in the same
 format: `--data FOLDER`, or `--data.source FOLDER` where a function makes the rows. The steps of a pipeline find each
 other under `runs/`, as their *Then* says: start every pipeline in a folder of its own.
 
-This page is written by `python experiments/cards/_gallery.py`.
+`python experiments/cards/_plans.py` makes the plans again, `python experiments/cards/_gallery.py` this page of them.
 """
 
 
@@ -75,8 +74,8 @@ def planned(plan: str) -> list[tuple[str, str, str]]:
         if text.endswith("not made yet"):
             rows.append(("—", "—", "—"))
             continue
-        head = re.search(r": ([\d.]+ \w+) parameters on (\S+),", text)
-        times = re.findall(r"at best ([\d.,]+) (ms|s|min),", text)
+        head = re.search(r": ([\d.,]+(?: \w+)?) parameters on (\S+),", text)
+        times = re.findall(r"at best ([\d.,]+) (µs|ms|s|min),", text)
         memory = re.findall(r": fits, ([\d.]+) GiB of ([\d.]+) GiB free", text)
         over = re.search(r"does not fit: needs ([\d.]+) GiB of ([\d.]+) GiB", text)
         if head is None or not (over or (memory and len(times) == len(memory))):

@@ -20,7 +20,7 @@ import textwrap
 
 import _gallery
 
-HEAD = r"\S+: [\d.]+ \w+ parameters on "  # how a plan begins
+HEAD = r"\S+: [\d.,]+(?: \w+)? parameters on "  # how a plan begins
 QUOTED = rf"{HEAD}|note: |at best |.*: (fits, |does not fit)"  # its lines that matter
 
 

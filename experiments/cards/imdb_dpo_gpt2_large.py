@@ -12,8 +12,8 @@ Settings  β ∈ {0.05, 0.1, 1, 5} (figure 2), RMSprop, 1e-6 after 150 steps of 
           all 6 pairs of them ranked by SiEBERT (appendix C.1). One epoch. 64 new tokens are ours.
 Shape     batch 64, 16 + 65 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/imdb_dpo_gpt2_large.py --topology v5e:2x4 --model openai-community/gpt2-large
-              openai-community/gpt2-large: 0.77 billion parameters on v5e:2x4, 8 devices (TPU v5e), mesh data=1
-                fsdp=8 tensor=1 context=1, microbatches=1
+              openai-community/gpt2-large: 0.77 billion parameters on v5e:2x4, 8 devices (TPU v5e), mesh data=1 fsdp=8
+                tensor=1 context=1, microbatches=1
               update: fits, 11.91 GiB of 15.75 GiB free (76%)
               at best 51.3 ms, bound by ICI (compute 27.5 ms, HBM 19 ms, ICI 51.3 ms)
 """

@@ -12,10 +12,11 @@ Settings  1 epoch on a subset of the reviews (appendix C.1). Rate, batch and len
           tokens are ours, and the subset is the labelled half (25,000 rows).
 Shape     batch 64, 256 + 256 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/imdb_sft_gpt2_large.py --topology v5e:2x4
-              openai-community/gpt2-large: 0.77 billion parameters on v5e:2x4, 8 devices (TPU v5e), mesh data=1
-                fsdp=8 tensor=1 context=1, microbatches=1
+              openai-community/gpt2-large: 0.77 billion parameters on v5e:2x4, 8 devices (TPU v5e), mesh data=1 fsdp=8
+                tensor=1 context=1, microbatches=1
+              note: every token of a row may be trained, as in texts and chats; where rows have prompts fewer are
               update: fits, 7.87 GiB of 15.75 GiB free (50%)
-              at best 111 ms, bound by compute (compute 111 ms, HBM 81.3 ms, ICI 67.1 ms)
+              at best 111 ms, bound by compute (compute 111 ms, HBM 81.2 ms, ICI 67.1 ms)
 """
 
 import functools

@@ -16,6 +16,7 @@ Shape     batch 64, 256 + 256 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/sft_hh_pythia_2p8b.py --topology v5e:4x4
               EleutherAI/pythia-2.8b: 2.78 billion parameters on v5e:4x4, 16 devices (TPU v5e), mesh data=1 fsdp=16
                 tensor=1 context=1, microbatches=1
+              note: every token of a row may be trained, as in texts and chats; where rows have prompts fewer are
               update: fits, 8.12 GiB of 15.75 GiB free (52%)
               at best 199 ms, bound by ICI (compute 179 ms, HBM 89.7 ms, ICI 199 ms)
 """

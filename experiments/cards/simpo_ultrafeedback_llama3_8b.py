@@ -8,7 +8,7 @@ Run       rljax run experiments/cards/simpo_ultrafeedback_llama3_8b.py
 Expected  AlpacaEval 2: 44.7 length-controlled, 40.5 plain; Arena-Hard: 33.8. DPO on the same pairs: 40.3, 37.9, 32.6;
           the model as it was: 26.0, 25.3, 22.3 (README of the code, "v0.1")
 Settings  β = 2.5, γ/β = 0.55, AdamW 1e-6 with a warm-up over a tenth and a cosine, 1 epoch, 2,048 tokens
-          (training_configs/llama-3-8b-instruct-simpo.yaml); 128 pairs [unverified]
+          (training_configs/llama-3-8b-instruct-simpo.yaml), 128 pairs (README of the code, "Hyperparameter tuning")
 Differs   the code cuts a row at 2,048 tokens in all, a prompt at 1,800; here a prompt has at most 1,024 and an answer
           at most 1,024. One epoch is counted as 59,776 pairs [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32

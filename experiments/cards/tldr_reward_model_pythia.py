@@ -21,6 +21,18 @@ Plan      rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5
                 fsdp=32 tensor=1 context=1, microbatches=1
               update: fits, 8.22 GiB of 15.75 GiB free (52%)
               at best 222 ms, bound by compute (compute 222 ms, HBM 131 ms, ICI 168 ms)
+          rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x8 --model
+              EleutherAI/pythia-1b-deduped
+              EleutherAI/pythia-1b-deduped: 1.01 billion parameters on v5e:4x8, 32 devices (TPU v5e), mesh data=1
+                fsdp=32 tensor=1 context=1, microbatches=1
+              update: fits, 13.17 GiB of 15.75 GiB free (84%)
+              at best 72.1 ms, bound by compute (compute 72.1 ms, HBM 25.5 ms, ICI 59.8 ms)
+          rljax plan experiments/cards/tldr_reward_model_pythia.py --topology v5e:4x8 --model
+              EleutherAI/pythia-6.9b-deduped
+              EleutherAI/pythia-6.9b-deduped: 6.86 billion parameters on v5e:4x8, 32 devices (TPU v5e), mesh data=1
+                fsdp=32 tensor=1 context=1, microbatches=1
+              update: fits, 3.92 GiB of 15.75 GiB free (25%)
+              at best 556 ms, bound by compute (compute 556 ms, HBM 361 ms, ICI 411 ms)
 """
 
 import functools

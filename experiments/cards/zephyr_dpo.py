@@ -14,10 +14,10 @@ Differs   the recipe's 1,024 tokens are of a whole row, in which a prompt has at
           61,135 pairs [unverified]; what is evaluated on is set aside from the training split
 Shape     batch 128, 512 + 512 tokens, microbatches 1, remat full, float32
 Plan      rljax plan experiments/cards/zephyr_dpo.py --topology v5e:8x8 --model mistralai/Mistral-7B-v0.1
-              mistralai/Mistral-7B-v0.1: 7.24 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1
-                fsdp=64 tensor=1 context=1, microbatches=1
+              mistralai/Mistral-7B-v0.1: 7.24 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1 fsdp=64
+                tensor=1 context=1, microbatches=1
               update: fits, 10.28 GiB of 15.75 GiB free (65%)
-              at best 859 ms, bound by compute (compute 859 ms, HBM 406 ms, ICI 602 ms)
+              at best 859 ms, bound by compute (compute 859 ms, HBM 223 ms, ICI 602 ms)
 """
 
 import functools

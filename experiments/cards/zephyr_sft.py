@@ -14,10 +14,10 @@ Differs   dialogues are packed into rows, in which attention does not cross from
           assistant's turns are trained. One epoch is counted as 1,090 steps [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32
 Plan      rljax plan experiments/cards/zephyr_sft.py --topology v5e:8x8 --model mistralai/Mistral-7B-v0.1
-              mistralai/Mistral-7B-v0.1: 7.24 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1
-                fsdp=64 tensor=1 context=1, microbatches=1
+              mistralai/Mistral-7B-v0.1: 7.24 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1 fsdp=64
+                tensor=1 context=1, microbatches=1
               update: fits, 10.68 GiB of 15.75 GiB free (68%)
-              at best 1.18 s, bound by compute (compute 1.18 s, HBM 540 ms, ICI 601 ms)
+              at best 1.18 s, bound by compute (compute 1.18 s, HBM 296 ms, ICI 601 ms)
 """
 
 import functools

@@ -7,7 +7,7 @@ import pathlib
 from typing import NamedTuple
 
 from rljax.manifest import read_json
-from rljax.models import ModelConfig, hf_read, resolve
+from rljax.models import ModelConfig, hf_encoder, hf_read, resolve
 
 
 class Described(NamedTuple):
@@ -32,6 +32,13 @@ def describe(name: str) -> Described:
     ids = [end.get("eos_token_id") for end in ends]
     stop = {int(i) for given in ids for i in (given if isinstance(given, list) else [given]) if i is not None}
     return Described(hf_read.config_of(source, str(path)), tuple(sorted(stop)) or (0,))
+
+
+def is_encoder(name: str) -> bool:
+    """Whether it is one that `models.encoder` opens, as classifiers are. ValueError where there is nothing."""
+    path = _file(name)
+    known = {family.model_type for family in hf_encoder.FAMILIES}
+    return path.suffix != ".gguf" and hf_read.read_json(path).get("model_type") in known
 
 
 def _file(name: str) -> pathlib.Path:

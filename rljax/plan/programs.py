@@ -31,7 +31,7 @@ from rljax import (
     tasks,
     train,
 )
-from rljax.plan.configs import Described, describe
+from rljax.plan.configs import Described, describe, is_encoder
 from rljax.rewards import checkpoints
 from rljax.sampling import REFILL
 from rljax.types import LossFn, Params, PreferenceBatch, Tokens, UnpairedBatch
@@ -253,13 +253,15 @@ def _rewards(run: settings.Sampled, start: policy.Policy, mesh: Mesh) -> tuple[S
     for one in () if run.reward is None else rewards.as_rewards(run.reward):
         if isinstance(one.fn, checkpoints.Checkpoint):
             try:
-                model, params = _scored(
-                    one.fn.path, run.dtype, mesh, {"compute_dtype": start.model.config.compute_dtype}
-                )
-                one = checkpoints.on_tokens(one, models.reward_model(model), params)
-                notes.append(
-                    f"the reward {one.name} reads the policy's tokens on the devices, if its tokenizer is theirs"
-                )
+                if is_encoder(one.fn.path):
+                    notes.append(f"the reward {one.name}, an encoder, judges texts between the programs: not counted")
+                else:
+                    how = {"compute_dtype": start.model.config.compute_dtype}
+                    model, params = _scored(one.fn.path, run.dtype, mesh, how)
+                    one = checkpoints.on_tokens(one, models.reward_model(model), params)
+                    notes.append(
+                        f"the reward {one.name} reads the policy's tokens on the devices, if its tokenizer is theirs"
+                    )
             except ValueError as error:
                 notes.append(f"the reward {one.name} is left out: {error}")
         elif one.params is not None:

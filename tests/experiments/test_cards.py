@@ -43,8 +43,8 @@ PIPELINES = {  # the cards that run one after the other
     "tldr": ["tldr_sft_pythia", "tldr_reward_model_pythia", "tldr_ppo_pythia", "dpo_tldr_pythia_2p8b"],
     "imdb": ["imdb_sft_gpt2_large", "imdb_dpo_gpt2_large", "imdb_ppo_gpt2_large"],
     "gsm8k": ["grpo_gsm8k_qwen3_1p7b"],
-    "qwen": ["dpo_ultrafeedback_qwen2p5"],
-    "llama": ["simpo_ultrafeedback_llama3_8b"],
+    "qwen": ["dpo_ultrafeedback_qwen2p5", "simpo_ultrafeedback_qwen2p5"],
+    "llama": ["dpo_ultrafeedback_llama3_8b", "simpo_ultrafeedback_llama3_8b"],
     "zephyr": ["zephyr_sft", "zephyr_dpo"],
 }
 
@@ -277,6 +277,8 @@ def test_gsm8k(world):
     ("name", "rows"),
     [
         ("dpo_ultrafeedback_qwen2p5", "HuggingFaceH4/ultrafeedback_binarized"),
+        ("simpo_ultrafeedback_qwen2p5", "HuggingFaceH4/ultrafeedback_binarized"),
+        ("dpo_ultrafeedback_llama3_8b", "princeton-nlp/llama3-ultrafeedback"),
         ("simpo_ultrafeedback_llama3_8b", "princeton-nlp/llama3-ultrafeedback"),
     ],
 )
@@ -394,3 +396,37 @@ def test_the_gallery_reads_plans(cards):
     ]
     with pytest.raises(ValueError, match="not the lines of a plan"):
         planned(head)
+
+
+def test_plans_go_back_where_they_were_read(cards):
+    plans, gallery = cards("_plans"), cards("_gallery")
+    for file in gallery.cards():
+        blocks = plans.blocks(gallery.read(file)[1]["Plan"])
+        assert plans.written(file.read_text(), "\n".join(blocks)) == file.read_text()
+        for command in map(plans.command, blocks):
+            assert command.startswith(f"rljax plan experiments/cards/{file.name} --topology ")
+            assert len(command.split()) in (5, 7), command  # and a model, but nothing of what is quoted
+    assert plans.command("rljax plan x.py --topology v5e:4x4\n    not made yet") == "rljax plan x.py --topology v5e:4x4"
+
+
+def test_what_a_plan_prints_is_quoted(cards, tmp_path):
+    """The plan of a card for the fixture of its family, written into a copy of the card, and read for the gallery."""
+    pytest.importorskip("libtpu")
+    plans, gallery = cards("_plans"), cards("_gallery")
+    write_model(tmp_path / "pythia", *NEOX)
+    sizes = "--batch 8 --max_prompt 64 --max_completion 16"
+    command = f"rljax plan experiments/cards/tldr_sft_pythia.py --topology v5e:2x2 --model {tmp_path}/pythia {sizes}"
+    card = tmp_path / "card.py"
+    source = (CARDS / "tldr_sft_pythia.py").read_text()
+    card.write_text(plans.written(source, plans.made(command)))
+    assert card.read_text().partition('\n"""\n')[2] == source.partition('\n"""\n')[2]
+    plan = gallery.read(card)[1]["Plan"]
+    assert plans.command(plan) == command
+    assert "memory of a device" not in plan
+    assert "at best" in plan.splitlines()[-1]
+    ((where, step, memory),) = gallery.planned(plan)
+    assert where.endswith("on v5e:2x2")
+    assert step.endswith(" s")
+    assert memory.endswith(" of 15.8 GiB")
+    with pytest.raises(RuntimeError, match="no-such-model"):
+        plans.made(command.replace(f"{tmp_path}/pythia", "no-such-model"))
