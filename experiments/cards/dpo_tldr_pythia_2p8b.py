@@ -11,8 +11,7 @@ Settings  β = 0.5 for TL;DR, RMSprop, 1e-6 after 150 steps of warm-up, 64 pairs
           (config/config.yaml of the code); queries of 512 and summaries of 169 tokens as in arXiv:2403.17031
 Differs   the model, and with it the SFT model: the paper takes one that was published for TL;DR
 Shape     batch 64, 512 + 169 tokens, microbatches 1, remat dots, float32
-Plan      rljax plan experiments/cards/dpo_tldr_pythia_2p8b.py --topology v5e:4x4 --model
-              EleutherAI/pythia-2.8b-deduped
+Plan      rljax plan experiments/cards/dpo_tldr_pythia_2p8b.py --topology v5e:4x4 --model EleutherAI/pythia-2.8b-deduped
               EleutherAI/pythia-2.8b-deduped: 2.78 billion parameters on v5e:4x4, 16 devices (TPU v5e), mesh data=1
                 fsdp=16 tensor=1 context=1, microbatches=1
               update: fits, 6.01 GiB of 15.75 GiB free (38%)

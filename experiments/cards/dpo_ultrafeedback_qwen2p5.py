@@ -14,10 +14,10 @@ Differs   the recipe's 1,024 tokens are of a whole row, in which a prompt has at
           61,135 pairs [unverified]; what is evaluated on is set aside from the training split
 Shape     batch 128, 512 + 512 tokens, microbatches 1, remat full, float32
 Plan      rljax plan experiments/cards/dpo_ultrafeedback_qwen2p5.py --topology v5e:8x8
-              Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1
-                fsdp=64 tensor=1 context=1, microbatches=1
+              Qwen/Qwen2.5-7B-Instruct: 7.62 billion parameters on v5e:8x8, 64 devices (TPU v5e), mesh data=1 fsdp=64
+                tensor=1 context=1, microbatches=1
               update: fits, 8.18 GiB of 15.75 GiB free (52%)
-              at best 862 ms, bound by ICI (compute 833 ms, HBM 417 ms, ICI 862 ms)
+              at best 862 ms, bound by ICI (compute 833 ms, HBM 295 ms, ICI 862 ms)
 """
 
 import functools

@@ -16,7 +16,7 @@ Plan      rljax plan experiments/cards/simpo_ultrafeedback_llama3_8b.py --topolo
               meta-llama/Meta-Llama-3-8B-Instruct: 8.03 billion parameters on v5e:8x16, 128 devices (TPU v5e), mesh
                 data=1 fsdp=128 tensor=1 context=1, microbatches=1
               update: fits, 8.88 GiB of 15.75 GiB free (56%)
-              at best 922 ms, bound by compute (compute 922 ms, HBM 459 ms, ICI 479 ms)
+              at best 922 ms, bound by compute (compute 922 ms, HBM 276 ms, ICI 479 ms)
 """
 
 import functools

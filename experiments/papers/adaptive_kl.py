@@ -9,9 +9,12 @@ Set-up  The transformer of `_tiny.py` learns by PPO: the reward is 5 times the m
         2 epochs; 300 iterations (200 in --quick), from β = 0.01 and 1, and, in full, the same with β fixed. KL is the
         program's metric `objective/kl`, its mean over the last 50 iterations. It shows the control loop with a policy
         that learns at the same time; not that 6 nats are a good target.
+Run     rljax reproduce adaptive_kl   (29 s on two CPU cores)
 Pass    From both starts the KL is within 20% of the target over the last 50 iterations; with β fixed it is more than
         20% off for both (not run in --quick). Three seeds. In a first run the reward counted words: the KL swung, and
         from β = 0.01 it was 10 instead of 6. The mean valence replaced it.
+Got     KL from β = 0.01: 6.063 (6.235, 5.99, 5.964); KL from β = 1: 6.04 (6.024, 6.105, 5.991); β = 0.01, fixed, does
+        not: 3.349 (3.405, 3.165, 3.476); β = 1, fixed, does not: 0.984 (0.9866, 0.9826, 0.9827).
 """
 
 import dataclasses

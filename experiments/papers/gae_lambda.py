@@ -8,9 +8,14 @@ Set-up  A Markov reward process of 12 states that ends after 50 steps on average
         E[returns] of `advantages.gae` is V̂ + (I − γλP)⁻¹ (r + γPV̂ − V̂), which numpy computes; its bias is the root
         mean square over the states of the difference to V. 2,000 episodes from every state (200 in --quick) go through
         `advantages.gae`. It shows the estimator; what λ does to learning it does not.
+Run     rljax reproduce gae_lambda   (29 s on two CPU cores)
 Pass    Bias falls with λ, and is < 1e-9 at λ = 1 and for V̂ = V at every λ; the mean of `gae` agrees with the formula
         (the root mean square of z over states and λ is below 1.3); the deviation at λ = 1 is at least twice that at
         0.8; the root mean square error of the mean of 16 estimates is smallest at a λ inside (0, 1). Three seeds.
+Got     bias falls with λ: -0.03549 (-0.0332, -0.03162, -0.04164); λ = 1 is unbiased: 6.369e-15 (5.523e-16, 8.582e-16,
+        1.77e-14); λ = 0 is biased: 0.6343 (0.5461, 0.7852, 0.5716); with the true V no λ is biased: 1.303e-14
+        (2.665e-15, 2.665e-15, 3.375e-14); `gae` has the expected mean: 1.007 (0.9316, 1.11, 0.981); variance grows with
+        λ: 2.732 (2.693, 2.933, 2.57); best lies inside: 1.
 """
 
 import jax

@@ -10,9 +10,13 @@ Set-up  Completions are x ~ N(0, I₁₆); gold is w·x − Σᵢ max(|xᵢ| −
         of rewards in those units. KL of best-of-n: log n − (n − 1)/n, exact here. `ops.best_of_n` on 50,000 samples, n
         up to 16,384 (in --quick every second). Proxies of one size differ much, so that a seed is the mean of 16 of
         them. It shows the shape of the law and what more data do; not what a reward model's size does.
+Run     rljax reproduce overoptimization_best_of_n   (14 s on two CPU cores)
 Pass    For 100 preferences: the peak lies inside, the fall from it is at least 15% of it, the proxy never falls; R² of
         the fit is at least 0.95 for 100 and more preferences; α grows with them: 30 < 100 < 300 < 3,000, all of the
         mean of three seeds.
+Got     the gold reward peaks: n = 128; and falls: 0.2974; the proxy rises on: 0.1548; d (α − β d) fits 100 preferences:
+        0.9963; d (α − β d) fits 300 preferences: 0.995; d (α − β d) fits 3000 preferences: 0.9975; α grows: 0.57, 0.83,
+        1.05, 1.14: 0.08406.
 """
 
 import functools

@@ -14,12 +14,25 @@ Set-up  `overoptimization_best_of_n.py` and `overoptimization_rl.py` with models
         128 texts, whose log-ratio is the KL. A seed is a reward model of each size with a run of PPO against it; all
         start at one π_ref. --quick: 100 and 3,000 pairs, 150 batches, 24 iterations. It shows reward models that read
         text and are wrong where they have not been; not what their size does.
+Run     rljax reproduce overoptimization_reward_models   (31 s on two CPU cores)
 Pass    Best-of-n: d (α − β d) has R² of at least 0.95 for every size, and α grows with the preferences. PPO: the peak
         lies inside for every size and the fall from it is at least 15% of it; the proxy's reward at the end is at least
         95% of its highest; both laws have R² of at least 0.9; the peak grows with the preferences. Means of three
         seeds. It fails for d (α − β ln d), the paper's law of PPO, with 1,000 preferences (R² 0.87), and with others
         where PPO ends earlier, as in --quick: gold falls faster, nearly with d², since these texts end as one word over
         and over, and the penalty on repetition grows with it; d (α − β d) has at least 0.97 for all.
+Got     100 preferences, best-of-n: d (α − β d): 0.9963; 100 preferences, PPO: gold peaks: √KL = 1.60; 100 preferences,
+        PPO: and falls: 3.292; 100 preferences, PPO: the proxy goes on: 0.9952; 100 preferences, PPO: d (α − β d):
+        0.974; 100 preferences, PPO: d (α − β ln d): 0.9545; 300 preferences, best-of-n: d (α − β d): 0.9977; 300
+        preferences, PPO: gold peaks: √KL = 1.67; 300 preferences, PPO: and falls: 3.361; 300 preferences, PPO: the
+        proxy goes on: 0.9992; 300 preferences, PPO: d (α − β d): 0.9949; 300 preferences, PPO: d (α − β ln d): 0.9443;
+        1,000 preferences, best-of-n: d (α − β d): 0.9947; 1,000 preferences, PPO: gold peaks: √KL = 2.09; 1,000
+        preferences, PPO: and falls: 1.959; 1,000 preferences, PPO: the proxy goes on: 0.9883; 1,000 preferences, PPO: d
+        (α − β d): 0.9849; 1,000 preferences, PPO: d (α − β ln d): 0.8716 FAIL; 3,000 preferences, best-of-n: d (α − β
+        d): 0.9987; 3,000 preferences, PPO: gold peaks: √KL = 2.17; 3,000 preferences, PPO: and falls: 2.347; 3,000
+        preferences, PPO: the proxy goes on: 1; 3,000 preferences, PPO: d (α − β d): 0.9938; 3,000 preferences, PPO: d
+        (α − β ln d): 0.9106; best-of-n: α grows: 0.48, 0.54, 0.96, 1.11: 0.0652; PPO: the peak grows: 0.79, 0.91, 1.24,
+        1.41: 0.1227.
 """
 
 import functools

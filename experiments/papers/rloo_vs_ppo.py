@@ -11,6 +11,7 @@ Set-up  The transformer of `_tiny.py`; the reward is the mean valence of the wor
         Gradients: 256 batches (96 in --quick) of 64 texts of the initial policy, which is its reference, of the same
         16 prompts; their variance is the trace of their covariance. It shows estimators and an easy reward; not
         language, where the paper has RLOO (k = 4) 10 to 32 points ahead of PPO in win rate.
+Run     rljax reproduce rloo_vs_ppo   (128 s on two CPU cores)
 Pass    RLOO (k = 4) ends with at least 95% of PPO's reward − β KL, which is what all maximise, and in full at least
         with REINFORCE's (by the reward alone, which a first run compared, REINFORCE was 1.7% ahead, and failed this:
         it is further from the reference). Variances: RLOO (k = 2)
@@ -18,6 +19,10 @@ Pass    RLOO (k = 4) ends with at least 95% of PPO's reward − β KL, which is 
         REINFORCE's, in standard errors, has a root mean square over all weights of at most 1.5; that of k = 4 is as
         long as that of k = 2, along it, within 10% (added when a baseline that was biased on purpose passed the
         other). Three seeds.
+Got     RLOO (k = 4) learns as well as PPO: 1.005 (1.004, 1.006, 1.006); and as REINFORCE: 1.05 (1.058, 1.044, 1.048);
+        two samples: less variance: 0.06724 (0.06684, 0.06851, 0.06637); four: less still: 0.6702 (0.6577, 0.6787,
+        0.6743); RLOO, k = 4: no bias: 0.9545 (0.9653, 0.9849, 0.9133); RLOO, k = 2: no bias: 0.9542 (0.9659, 0.9831,
+        0.9137); k changes the noise alone: 0.9863 (0.9638, 1.002, 0.9933).
 """
 
 import functools

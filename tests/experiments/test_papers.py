@@ -1,6 +1,7 @@
 """Every reproduction passes in its quick form, and fails where what it reproduces is broken."""
 
 import functools
+import inspect
 import pathlib
 import sys
 
@@ -47,6 +48,22 @@ def test_a_reproduction_passes(run, name, tmp_path):
     pictures = sorted(tmp_path.glob("*.png"))
     assert len(pictures) == len(done.result.plots) > 0
     assert all(f"({picture.name})" in page for picture in pictures)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reproduction_opens_with_what_its_page_measured(name, monkeypatch):
+    """In the file and in the page: the command, its time, and every claim's mean and seeds."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    fields = cli.import_file(FOLDER / "_got.py")
+    doc, page = fields.docstring((FOLDER / f"{name}.py").read_text()), (fields.PAGES / f"{name}.md").read_text()
+    for field in ("Paper", "Claim", "Set-up", "Run", "Pass", "Got"):
+        assert f"\n{field}" in doc
+    assert fields.told(doc, page) == doc, "run python experiments/papers/_got.py"
+    body = inspect.cleandoc(doc).partition("\n")[2].strip("\n")
+    assert f"```text\n{body}\n```" in page
+    failed, checks = page.count("| **FAIL** |"), page.count("| **pass** |")
+    assert len(fields.ROW.findall(page)) == checks + failed > 0
+    assert fields.got(page).count(" FAIL") == failed
 
 
 def without(function, **fixed):
