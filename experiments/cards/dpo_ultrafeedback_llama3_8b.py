@@ -15,7 +15,10 @@ Differs   the code cuts a row at 2,048 tokens in all, a prompt at 1,800; here a 
           at most 1,024. One epoch is counted as 59,776 pairs [unverified].
 Shape     batch 128, 1024 + 1024 tokens, microbatches 1, remat full, float32
 Plan      rljax plan experiments/cards/dpo_ultrafeedback_llama3_8b.py --topology v5e:8x16
-              not made yet
+              meta-llama/Meta-Llama-3-8B-Instruct: 8.03 billion parameters on v5e:8x16, 128 devices (TPU v5e), mesh
+                data=1 fsdp=128 tensor=1 context=1, microbatches=1
+              update: fits, 8.88 GiB of 15.75 GiB free (56%)
+              at best 922 ms, bound by compute (compute 922 ms, HBM 276 ms, ICI 479 ms)
 """
 
 import functools

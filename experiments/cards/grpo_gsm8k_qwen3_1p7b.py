@@ -15,8 +15,8 @@ Settings  100 steps (the pull request, which does not state its recipe). The res
 Differs   the anchor's reward functions are its own; that they come to the share of right answers is [unverified].
 Shape     batch 64 × 8, 256 + 1024 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/grpo_gsm8k_qwen3_1p7b.py --topology v6e:8x8
-              Qwen/Qwen3-1.7B: 1.72 billion parameters on v6e:8x8, 64 devices (TPU v6e), mesh data=1 fsdp=64
-                tensor=1 context=1, microbatches=1
+              Qwen/Qwen3-1.7B: 1.72 billion parameters on v6e:8x8, 64 devices (TPU v6e), mesh data=1 fsdp=64 tensor=1
+                context=1, microbatches=1
               sampler (the longest case: every row is written to its last token): fits, 24.99 GiB of 31.25 GiB free
                 (80%)
               at best 3 s, bound by HBM (compute 34.1 ms, HBM 3 s, ICI 16.9 ms)

@@ -15,11 +15,7 @@ Shape     batch 1024, 16 + 64 tokens, microbatches 1, remat dots, float32
 Plan      rljax plan experiments/cards/imdb_ppo_gpt2_large.py --topology v5e:4x4 --model openai-community/gpt2-large
               openai-community/gpt2-large: 0.77 billion parameters on v5e:4x4, 16 devices (TPU v5e), mesh data=1 fsdp=16
                 tensor=1 context=1, microbatches=1
-              note: the reward siebert is left out: siebert/sentiment-roberta-large-english/config.json: unsupported
-                architecture 'RobertaForSequenceClassification'; rljax reads LlamaForCausalLM, MistralForCausalLM,
-                Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM,
-                Gemma3ForConditionalGeneration, Phi3ForCausalLM, Olmo2ForCausalLM, GPTNeoXForCausalLM, GPT2LMHeadModel.
-                Encoders are opened with rljax.models.encoder.load, as rewards with rewards.from_checkpoint.
+              note: the reward siebert, an encoder, judges texts between the programs: not counted
               sampler (the longest case: every row is written to its last token): fits, 10.93 GiB of 15.75 GiB free
                 (69%)
               at best 203 ms, bound by HBM (compute 39 ms, HBM 203 ms, ICI 14.5 ms)
