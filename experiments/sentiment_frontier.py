@@ -84,7 +84,7 @@ def draw(points: list[dict[str, Any]], path: pathlib.Path) -> None:
     for method in dict.fromkeys(point["method"] for point in points):
         mine = sorted((point["kl"], point["reward/mean"]) for point in points if point["method"] == method)
         axis.plot(*zip(*mine, strict=True), marker="o", color=COLORS[method.split("-")[0]], label=method, alpha=0.7)
-    axis.set(xlabel="KL(π ‖ π_ref) of a sequence [nats]", ylabel="reward: VADER's compound score, −1 to 1")
+    axis.set(xlabel="KL(π ‖ π_ref) of a sequence [nats]", ylabel="reward (VADER's score, −1 to 1)")
     axis.legend()
     figure.savefig(path, dpi=150)
 
