@@ -152,9 +152,10 @@ def test_kept_memory_is_faulted_in_once(monkeypatch):
             assert all(0 <= found["system_seconds"] < found["cpu_seconds"] + 0.02 for found in taker.rounds)
             return taker.median("page_faults")
 
-    pages = (64 << 20) / os.sysconf("SC_PAGE_SIZE")
-    assert faults("default") == pytest.approx(pages, rel=0.01)
+    pages, huge = (64 << 20) / os.sysconf("SC_PAGE_SIZE"), pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     assert faults("kept") < 0.01 * pages
+    if not (huge.is_file() and "[always]" in huge.read_text()):  # the kernel gives 2 MiB at once then, unasked
+        assert faults("default") == pytest.approx(pages, rel=0.01)
 
 
 def test_groups_that_take_turns_hold_ours_or_one_alone(monkeypatch):
