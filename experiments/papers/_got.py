@@ -23,24 +23,24 @@ def docstring(source: str) -> str:
 
 def taken(page: str) -> str:
     """The field Run."""
-    seconds, name, _ = re.findall(r"^(\d+) s for `rljax reproduce (\w+) --seeds (\d+)`", page, re.M)[-1]
-    return f"Run     rljax reproduce {name}   ({seconds} s on two CPU cores)"
+    (took,) = re.findall(r"^(\d+ s) for `(rljax reproduce \w+) --seeds \d+`, \S+, (.+? × \w+, \w+), jax", page, re.M)
+    seconds, command, machine = took
+    return f"Run     {command}   ({seconds} on {machine})"
 
 
 def got(page: str) -> str:
     """The field Got."""
     found = [f"{claim}: {value}{' FAIL' * (verdict == 'FAIL')}" for claim, value, verdict in ROW.findall(page)]
-    text = html.unescape("; ".join(found)).replace("\\", "")
+    text = html.unescape("; ".join(found))
     return textwrap.fill(f"Got     {text}.", 120, subsequent_indent=" " * 8, break_long_words=False)
 
 
 def told(doc: str, page: str) -> str:
     """A docstring with both: Run stands before Pass, Got after it."""
     blocks = [block for block in re.split(r"\n(?=[A-Z])", doc) if not re.match(r"Run |Got ", block)]
-    end = "\n" if doc.endswith("\n") else ""
     at = next(index for index, block in enumerate(blocks) if block.startswith("Pass "))
     made = [*blocks[:at], taken(page), blocks[at].rstrip("\n"), got(page), *blocks[at + 1 :]]
-    return "\n".join(made).rstrip("\n") + end
+    return "\n".join(made).rstrip("\n") + "\n"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Set-up  The transformer of `_tiny.py` learns by PPO: the reward is 5 times the m
         2 epochs; 300 iterations (200 in --quick), from β = 0.01 and 1, and, in full, the same with β fixed. KL is the
         program's metric `objective/kl`, its mean over the last 50 iterations. It shows the control loop with a policy
         that learns at the same time; not that 6 nats are a good target.
-Run     rljax reproduce adaptive_kl   (36 s on two CPU cores)
+Run     rljax reproduce adaptive_kl   (36 s on 2 × x86_64, cpu)
 Pass    From both starts the KL is within 20% of the target over the last 50 iterations; with β fixed it is more than
         20% off for both (not run in --quick). Three seeds. In a first run the reward counted words: the KL swung, and
         from β = 0.01 it was 10 instead of 6. The mean valence replaced it.

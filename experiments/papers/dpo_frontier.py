@@ -13,7 +13,7 @@ Set-up  The language of `_language.py` stands in for movie reviews: rewards are 
         600 of them, no learned reward. It shows how much of the frontier each method gets where nothing is unknown; not
         generalisation in language. A correct PPO with the true reward is on the frontier here, so that "DPO above PPO
         with the true reward", as in the paper's figure, is not reproduced, and no criterion.
-Run     rljax reproduce dpo_frontier   (162 s on two CPU cores)
+Run     rljax reproduce dpo_frontier   (162 s on 2 × x86_64, cpu)
 Pass    No point is above the best frontier by 0.01 (noise of the means) or more; DPO with β = 5 is at most 0.05 below
         it for KL in [0.7, 5]; at its last look DPO (β = 1) is at least 0.1 above unlikelihood's gap; DPO's best reward
         is at least 0.3 above preferred fine-tuning's; PPO with the true reward ends at most 0.02 below the frontier;

@@ -10,7 +10,7 @@ Set-up  Difficulty, exactly: a prompt is solved with probability p by a policy w
         Length: whether an answer is right is decided by a coin; then one logit for each of the two modes decides
         whether the answer goes on, to 32 tokens at most, 5.5 at first. (Where length is independent of the mode
         nothing drifts: a vacuous test.) 300 steps of 64 groups of 8, gradient descent, learning rate 1.
-Run     rljax reproduce grpo_biases   (5 s on two CPU cores)
+Run     rljax reproduce grpo_biases   (5 s on 2 × x86_64, cpu)
 Pass    Difficulty: E[GRPO] is 0.1175 at p = 0.05 and 0.4639 at p = 0.5 (± 1e-4), so that the hard prompt has 1.33 times
         the weight it should have; the ratio of Dr. GRPO's weights is the true one (± 1e-3). Length: GRPO's wrong
         answers end at least twice as long and its right ones at most half as long as at first, also without the

@@ -14,7 +14,7 @@ Set-up  Three actions, π_ref and the start uniform, Adam 1e-2, 18,000 steps, τ
         by the mean policy over the last tenth of the steps: at a constant rate Adam keeps jittering around the optimum.
         IPO's exact answer: least squares on s_w − s_l = 1/(2τ), π = softmax of the solution s of minimum norm, which is
         the one that descent from s = 0 finds: it leaves the logit of an action that was never compared.
-Run     rljax reproduce ipo_vs_dpo_bandit   (5 s on two CPU cores)
+Run     rljax reproduce ipo_vs_dpo_bandit   (5 s on 2 × x86_64, cpu)
 Pass    Full batches: DPO π(a) > 0.999 on the total order and on "a over b only", π(c) < 1e-3 where c never wins, for
         every β; IPO within 1e-3 of its exact answer in every action. Mini-batches, mean of 3 seeds: the same for DPO,
         within 0.01 for IPO.

@@ -12,7 +12,7 @@ Set-up  One state, five actions, π = softmax of five logits started at π_ref; 
         IPO regresses h = log π_i/π_j − log π_ref,i/π_ref,j on 1/(2τ) where i won and on −1/(2τ) where j won, so on
         (P(i≻j) − ½)/τ on average. numpy solves that weighted least-squares problem, and finds the paper's closed form
         π ∝ π_ref exp(P(y≻μ)/τ), where P(y≻μ) is the chance to win against a uniform opponent.
-Run     rljax reproduce kl_bandit_optimum   (4 s on two CPU cores)
+Run     rljax reproduce kl_bandit_optimum   (4 s on 2 × x86_64, cpu)
 Pass    max |π − π*| < 1e-4 with exact gradients; < 0.02 sampled, mean of 3 seeds.
 Got     IPO's least squares = closed form: 0; DPO, exact gradients: 0; IPO, exact gradients: 5.96e-08; PPO, exact
         gradients: 1.49e-08; REINFORCE, exact gradients: 4.657e-08; online DPO, exact gradients: 1.89e-06; DPO, 20,000

@@ -14,7 +14,7 @@ Set-up  The language and the 20,000 pairs of `dpo_frontier.py`, taken apart: wha
         and were taken out, since the paper does not claim them: that DPO on the 2,000 pairs that are left "drops" (it
         does not), and that with 90% dropped KTO is worse with λ_D = λ_U = 1 (it gets further: where few
         are called desirable, only the best are). Both are drawn.
-Run     rljax reproduce kto_unpaired   (40 s on two CPU cores)
+Run     rljax reproduce kto_unpaired   (40 s on 2 × x86_64, cpu)
 Pass    At KL 1 and at KL 1.5 each of the three has at least 90% of DPO's reward; the best reward with 10% of the
         desirable is within 10% of that with all. Three seeds.
 Got     KTO, all texts, at KL 1: 1.019 (0.9737, 1.041, 1.041); KTO, all texts, at KL 1.5: 1.024 (0.9677, 1.042, 1.062);

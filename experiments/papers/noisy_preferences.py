@@ -9,7 +9,7 @@ Set-up  A log-linear policy on 8 features of 16 actions, π_ref uniform; 4,000 p
         full-batch Adam with a little weight decay, β = 0.5. The true reward is the mean over 512 fresh contexts. cDPO
         is shown and not judged: it shrinks by construction, and is below DPO here. It shows the estimator, not what a
         network that can memorise does.
-Run     rljax reproduce noisy_preferences   (11 s on two CPU cores)
+Run     rljax reproduce noisy_preferences   (11 s on 2 × x86_64, cpu)
 Pass    rDPO at ε = 0.4 keeps 90% of DPO's reward on clean labels, and has at least twice DPO's at ε = 0.4; without
         noise the three are one. Three seeds.
 Got     rDPO keeps what clean labels give: 0.9558 (0.9655, 0.9571, 0.9448); and DPO does not: 4.421 (4.488, 4.309,

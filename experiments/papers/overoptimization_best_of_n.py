@@ -10,7 +10,7 @@ Set-up  Completions are x ~ N(0, I₁₆); gold is w·x − Σᵢ max(|xᵢ| −
         of rewards in those units. KL of best-of-n: log n − (n − 1)/n, exact here. `ops.best_of_n` on 50,000 samples, n
         up to 16,384 (in --quick every second). Proxies of one size differ much, so that a seed is the mean of 16 of
         them. It shows the shape of the law and what more data do; not what a reward model's size does.
-Run     rljax reproduce overoptimization_best_of_n   (13 s on two CPU cores)
+Run     rljax reproduce overoptimization_best_of_n   (13 s on 2 × x86_64, cpu)
 Pass    For 100 preferences: the peak lies inside, the fall from it is at least 15% of it, the proxy never falls; R² of
         the fit is at least 0.95 for 100 and more preferences; α grows with them: 30 < 100 < 300 < 3,000, all of the
         mean of three seeds.

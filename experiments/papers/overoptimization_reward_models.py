@@ -14,7 +14,7 @@ Set-up  `overoptimization_best_of_n.py` and `overoptimization_rl.py` with models
         128 texts, whose log-ratio is the KL. A seed is a reward model of each size with a run of PPO against it; all
         start at one π_ref. --quick: 100 and 3,000 pairs, 150 batches, 24 iterations. It shows reward models that read
         text and are wrong where they have not been; not what their size does.
-Run     rljax reproduce overoptimization_reward_models   (52 s on two CPU cores)
+Run     rljax reproduce overoptimization_reward_models   (52 s on 2 × x86_64, cpu)
 Pass    Best-of-n: d (α − β d) has R² of at least 0.95 for every size, and α grows with the preferences. PPO: the peak
         lies inside for every size and the fall from it is at least 15% of it; the proxy's reward at the end is at least
         95% of its highest; both laws have R² of at least 0.9; the peak grows with the preferences. Means of three

@@ -14,7 +14,7 @@ Set-up  Completions, gold reward and proxies of `overoptimization_best_of_n.py` 
         equal KL, as far as all go. The policy follows one direction, so that a penalty can only slow it down; and
         d (α − β ln d) is the law of the paper's PPO: where a linear proxy is followed exactly, gold is nearly
         quadratic in d, which is best-of-n's form.
-Run     rljax reproduce overoptimization_rl   (20 s on two CPU cores)
+Run     rljax reproduce overoptimization_rl   (20 s on 2 × x86_64, cpu)
 Pass    Gold: the peak lies inside, the fall from it is at least 15% of it, the proxy never falls by 0.05; R² of both
         forms is at least 0.9; gold with β = 0.1 and 0.3 is within 0.1 of that with β = 0 at equal KL. WCO and UWO: a
         peak at least the single proxy's, and at most half its fall, as shares of the peaks. Three seeds. It fails for

@@ -8,7 +8,7 @@ Set-up  A contextual bandit of 64 contexts and 8 actions with normal rewards, se
         epochs of gradient descent on each (learning rate 50: Adam's momentum would carry a policy on after its ratios
         are clipped), 20 batches (5 in --quick). What a batch did is KL(old ‖ new), the mean over contexts. It shows the
         size of updates; the score it does not: at this size both learn.
-Run     rljax reproduce ppo_clipping   (6 s on two CPU cores)
+Run     rljax reproduce ppo_clipping   (6 s on 2 × x86_64, cpu)
 Pass    The largest KL of an update without clipping is at least 10 times that with ε = 0.2, and so is the mean; some
         ratios are clipped; with one epoch both are the same, bit for bit. Three seeds.
 Got     clipping bounds the worst update: 48.54 (50.58, 45.8, 49.24); and the usual one: 12.63 (12.62, 12.98, 12.29);

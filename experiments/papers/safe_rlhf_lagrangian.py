@@ -8,7 +8,7 @@ Set-up  A bandit of 32 contexts and 12 actions; rewards are normal, costs correl
         Exact gradients of `advantages.constrained`, Adam 0.02, 3,000 steps, entropy bonus 0.1 (else the policy is
         deterministic and the cost jumps); λ starts at 1, rate 0.02. Limits 0 and −0.3; fixed factors 0.1, 1, 10. It
         shows the dual ascent; nothing of cost models or language.
-Run     rljax reproduce safe_rlhf_lagrangian   (4 s on two CPU cores)
+Run     rljax reproduce safe_rlhf_lagrangian   (4 s on 2 × x86_64, cpu)
 Pass    |cost − limit| < 0.02 at the end for both limits, and the reward is at least that of the best fixed factor that
         keeps the limit; no fixed factor keeps the limit with a reward within 0.1 of it. Three seeds.
 Got     limit 0 is met: -1.279e-05 (-1.217e-05, -8.362e-06, -1.783e-05); limit 0: ahead of fixed factors: 0.5359
