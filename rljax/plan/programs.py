@@ -252,23 +252,27 @@ def _rewards(run: settings.Sampled, start: policy.Policy, mesh: Mesh) -> tuple[S
     found, notes = [], []
     for one in () if run.reward is None else rewards.as_rewards(run.reward):
         if isinstance(one.fn, checkpoints.Checkpoint):
-            try:
-                if is_encoder(one.fn.path):
-                    notes.append(f"the reward {one.name}, an encoder, judges texts between the programs: not counted")
-                else:
-                    how = {"compute_dtype": start.model.config.compute_dtype}
-                    model, params = _scored(one.fn.path, run.dtype, mesh, how)
-                    one = checkpoints.on_tokens(one, models.reward_model(model), params)
-                    notes.append(
-                        f"the reward {one.name} reads the policy's tokens on the devices, if its tokenizer is theirs"
-                    )
-            except ValueError as error:
-                notes.append(f"the reward {one.name} is left out: {error}")
+            one, note = _judge(one, one.fn.path, run, start, mesh)
+            notes.append(note)
         elif one.params is not None:
             whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), one.params)
             one = dataclasses.replace(one, params=whole)
         found.append(one)
     return tuple(found), notes
+
+
+def _judge(
+    one: rewards.Reward, path: str, run: settings.Sampled, start: policy.Policy, mesh: Mesh
+) -> tuple[rewards.Reward, str]:
+    """(a checkpoint's reward as on the devices where it is a decoder, what is assumed)."""
+    try:
+        if is_encoder(path):
+            return one, f"the reward {one.name}, an encoder, judges texts between the programs: not counted"
+        model, params = _scored(path, run.dtype, mesh, {"compute_dtype": start.model.config.compute_dtype})
+    except ValueError as error:
+        return one, f"the reward {one.name} is left out: {error}"
+    read = checkpoints.on_tokens(one, models.reward_model(model), params)
+    return read, f"the reward {one.name} reads the policy's tokens on the devices, if its tokenizer is theirs"
 
 
 def _pretrain(run: Any, mesh: Mesh) -> Tokens | None:
