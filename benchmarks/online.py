@@ -291,8 +291,16 @@ def _memory(compiled: Any) -> dict[str, Any]:
 
 def work(options: argparse.Namespace) -> None:
     """One figure in this process, step by step as `main` asks."""
+    from rljax import allocator
+
+    kept = allocator.keep_memory()  # as `rljax run` does
     case, dtype = prepare(options), machine.jax_dtype()
-    facts = {"versions": machine.versions("jax", "jaxlib", "flax", "optax"), "dtype": dtype, **case.facts}
+    facts = {
+        "versions": machine.versions("jax", "jaxlib", "flax", "optax"),
+        "dtype": dtype,
+        "keeps_memory": kept,
+        **case.facts,
+    }
     machine.serve(facts, case.step, peak=machine.jax_matmul_peak(dtype), bandwidth=machine.bandwidth())
 
 

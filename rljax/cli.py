@@ -21,7 +21,19 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from rljax import artefacts, compare, compilation, distributed, evidence, hosts, offline, online, papers, progress
+from rljax import (
+    allocator,
+    artefacts,
+    compare,
+    compilation,
+    distributed,
+    evidence,
+    hosts,
+    offline,
+    online,
+    papers,
+    progress,
+)
 from rljax import plan as planning
 from rljax import report as reports
 
@@ -41,15 +53,20 @@ USAGE = """usage: rljax COMMAND …
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status. Input errors are one paragraph on stderr and status 2."""
+    """Entry point; returns the exit status. Input errors are one paragraph on stderr and status 2.
+
+    argv: left out by a process that is this command's alone: its memory is kept for a run (`allocator`).
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss PyTorch, which we do not use
-    argv = list(sys.argv[1:] if argv is None else argv)
+    alone, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     command = COMMANDS.get(argv[0]) if argv else None
     if command is None:
         wanted = not argv or argv[0] in ("-h", "--help", "help")
         print(USAGE if wanted else f"rljax: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 0 if argv and wanted else 2
     try:
+        if alone and command is run:
+            allocator.keep_memory()  # first: what connects processes has threads
         if command in (run, selfcheck):
             distributed.initialize()
         if command in (run, selfcheck, reproduce):
@@ -69,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_file(file: str) -> None:
     """What an experiment file calls at its end, so that `python FILE …` is `rljax run FILE …`."""
+    allocator.keep_memory()
     raise SystemExit(main(["run", file, *sys.argv[1:]]))
 
 

@@ -25,7 +25,7 @@ LEVELS = [
     {"tracking", "tasks", "rewards", "methods", "critics"},
     {"environments"},
     {"report", "runs", "program", "selfchecks", "iteration"},
-    {"prompts", "papers", "compilation", "overlays"},
+    {"prompts", "papers", "compilation", "allocator", "overlays"},
     {"judges", "settings", "evidence", "compare"},
     {"episodes"},
     {"presets", "collect", "evaluation"},

@@ -1,0 +1,72 @@
+"""Memory that a run on CPUs keeps between its steps: in processes of their own, since a process keeps it to its end."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from rljax import allocator
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="speaks to glibc")
+
+# A program with 64 MiB of temporaries ; prints the page faults of its third call.
+FAULTS = """
+import resource, sys
+import jax, jax.numpy as jnp
+from rljax import allocator
+kept = sys.argv[1] == "keep" and allocator.keep_memory()
+sort = jax.jit(lambda x: jnp.sort(x)[::-1].sum())
+x = jax.random.normal(jax.random.key(0), (1 << 24,))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sort(x).block_until_ready()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults, kept)
+"""
+PAGES = (64 << 20) / os.sysconf("SC_PAGE_SIZE")
+HUGE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def third_call(how: str, **env: str) -> tuple[float, bool]:
+    """(page faults, whether memory is kept)"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(allocator.DECIDED)}
+    command = [sys.executable, "-c", FAULTS, how]
+    env = clean | {"JAX_PLATFORMS": "cpu"} | env
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+    faults, kept = done.stdout.split()[-2:]
+    return float(faults), kept == "True"
+
+
+def test_temporaries_are_not_faulted_in_at_every_call():
+    if HUGE.is_file() and "[always]" in HUGE.read_text():
+        pytest.skip("this kernel gives 2 MiB at once, unasked")
+    left, kept = third_call("leave")
+    assert left > 0.9 * PAGES
+    assert not kept
+    now, kept = third_call("keep")
+    assert now < 0.02 * PAGES
+    assert kept
+
+
+def test_whoever_has_chosen_an_allocator_keeps_it():
+    """glibc is told nothing where a variable of it is set, and allocates as that variable says."""
+    faults, kept = third_call("keep", MALLOC_TOP_PAD_="131072")
+    assert faults > 0.9 * PAGES
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    ("platforms", "files", "kept"),
+    [("cpu", True, True), ("cuda,cpu", False, False), (None, True, False), (None, False, True), ("", False, True)],
+)
+def test_nothing_is_kept_where_an_accelerator_computes(monkeypatch, platforms, files, kept):
+    told = []
+    monkeypatch.setattr(allocator.jax, "config", types.SimpleNamespace(jax_platforms=platforms))
+    monkeypatch.setattr(allocator.glob, "glob", lambda pattern: [pattern] * files)
+    monkeypatch.setattr(allocator, "_mallopt", lambda: lambda *one: told.append(one) or 1)
+    for name in [name for name in os.environ if name.startswith(allocator.DECIDED)]:
+        monkeypatch.delenv(name)
+    assert allocator.keep_memory() == kept == bool(told)
