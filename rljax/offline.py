@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -22,7 +21,7 @@ from jax.sharding import Mesh
 from rljax import data, hosts, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
 from rljax.checkpoint import Checkpoints
 from rljax.program import Evaluation, Progress, Run
-from rljax.types import Mean, TrainState
+from rljax.types import TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
 
@@ -233,7 +232,7 @@ def _loop(
         step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * everywhere
         with jax.profiler.StepTraceAnnotation("step", step_num=step):
             state, metrics = setup.update(state, setup.place(batch, state.params))
-        rate = Mean(total=jnp.asarray(setup.schedule(index)), weight=jnp.ones(()))
+        rate = program.learning_rate(setup.schedule, state)
         tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
 
         due, leaving = step % experiment.eval_every == 0 or step == experiment.steps, stop.agreed(step) is not None

@@ -171,7 +171,8 @@ def _loop(
                     state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
                 collect.check_on_device(setup.sampler, trace)
                 at, progress = at + 1, advanced
-                tracker.log(at, {**metrics, "learning_rate": _rate(setup, state)}, tokens=_tokens(trace))
+                rate = program.learning_rate(setup.schedule, state.learner.train)
+                tracker.log(at, {**metrics, "learning_rate": rate}, tokens=_tokens(trace))
                 if at % run.eval_every == 0 or at == run.steps:
                     tracker.evidence(at, _evidence(run, setup, state.learner, trace))
                     progress = progress._replace(owed=True)
@@ -202,11 +203,6 @@ def _evaluate(
     done = at == run.steps or progress.waited >= (run.patience or np.inf)
     evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
     return progress._replace(owed=False, done=done), measured
-
-
-def _rate(setup: Setup, state: State) -> Mean:
-    """The learning rate of the last update."""
-    return Mean(total=jnp.asarray(setup.schedule(state.learner.train.step - 1)), weight=jnp.ones(()))
 
 
 def _tokens(trace: Trace) -> jax.Array:

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rljax import data, hosts, models, policy, sharding, tracking, train
 from rljax.manifest import read_json, write_json
+from rljax.types import Mean, TrainState
 
 State = TypeVar("State")  # a pytree of arrays
 ADAM = functools.partial(optax.adamw, weight_decay=0.0)
@@ -149,6 +150,13 @@ def make_optimizer(run: Run, updates: int | None = None) -> tuple[optax.Gradient
     schedule = run.schedule(run.learning_rate, run.steps if updates is None else updates)
     clip = [optax.clip_by_global_norm(run.clip_norm)] if run.clip_norm is not None else []
     return optax.chain(*clip, run.optimizer(learning_rate=schedule)), schedule
+
+
+def learning_rate(schedule: optax.Schedule, state: TrainState) -> Mean:
+    """That of the last update: the optimizer's own count, which an update without a trained token leaves as it is."""
+    counts = optax.tree.get_all_with_path(state.opt_state, "count")
+    made = counts[-1][1] if counts else state.step
+    return Mean(total=jnp.asarray(schedule(jnp.maximum(made - 1, 0))), weight=jnp.ones(()))
 
 
 def place_state(state: State, rules: Any, mesh: Mesh) -> tuple[State, State]:

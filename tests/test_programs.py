@@ -16,8 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import artefacts, cli, data, losses, offline, sharding, tracking, train
+from rljax import artefacts, cli, data, losses, offline, program, sharding, tracking, train
 from rljax.models import hf
+from rljax.types import Mean
 
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
@@ -282,3 +283,18 @@ def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(stories, tmp_path,
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert cli.main(["report", str(run)]) == 0
+
+
+def test_the_logged_rate_is_that_of_the_update_that_was_made():
+    """An update without a trained token leaves the schedule where it is, and so does what is logged."""
+    run = offline.SFT(model="none", data="none", steps=4, learning_rate=0.4, schedule=train.linear)
+    optimizer, schedule = program.make_optimizer(run)
+    update = train.make_update(lambda w, tokens: (Mean(total=w * tokens, weight=tokens), {}), optimizer)
+    state, rates, moved = train.init_state(np.float32(1.0), optimizer), [], []
+    for tokens in (0.0, 2.0, 0.0, 2.0):
+        before = float(state.params)
+        state, _ = update(state, np.float32(tokens))
+        rates.append(program.learning_rate(schedule, state).value())
+        moved.append(before - float(state.params))
+    np.testing.assert_allclose(rates, [0.4, 0.4, 0.4, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(moved, [0.0, 0.4, 0.0, 0.3], rtol=1e-4)  # Adam's step is the rate for one sign
