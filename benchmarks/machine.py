@@ -252,7 +252,8 @@ class Worker:
 
 # XLA on CPU allocates its temporaries anew at every step, and glibc maps and unmaps what is large: a page fault for
 # every 4 KiB, which a virtual machine may make expensive. Large pages make them fewer. Kept memory makes none, but all
-# threads share one heap then, as only the main one may be large. A process can only be told at birth.
+# threads share one heap then, as only the main one may be large. By default our side keeps it, as `rljax run` does
+# (`rljax/allocator.py`), and the others do not; these tell all sides alike.
 MALLOC = {
     "default": {},
     "huge-pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
