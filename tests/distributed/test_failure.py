@@ -21,7 +21,8 @@ def steady(peak, steps):
 
 def moody(peak, steps):
     def at(count):
-        if isinstance(count, int) and count == 3 and jax.process_index() == {moody}:
+        logged = not isinstance(count, jax.core.Tracer)  # outside the compiled update
+        if logged and int(count) == 3 and jax.process_index() == {moody}:
             raise RuntimeError("the schedule is ill")
         return peak
     return at
