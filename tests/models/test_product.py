@@ -12,6 +12,8 @@ CASES = [
     ("btd,df->btf", (2, 3, 4), (4, 5)),
     ("btd,dhk->bthk", (2, 3, 4), (4, 2, 3)),
     ("bhtk,hkd->btd", (2, 2, 3, 4), (2, 4, 5)),
+    ("btf,fd->btd", (2, 3, 5), (5, 4)),  # to a narrower result: the weight gradient is computed transposed on CPUs
+    ("bhtk,hkd->btd", (2, 2, 3, 4), (2, 4, 3)),
 ]
 
 
