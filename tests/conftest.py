@@ -13,7 +13,7 @@ os.environ.setdefault(
     " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600",
 )
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # what is tested is compiled from the code as it is
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # in processes that tests start
 
 from jaxtyping import install_import_hook
 
@@ -23,8 +23,25 @@ _hook.__enter__()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory):
+    """What this process has compiled it need not compile again for another test.
+
+    The folder is new, and of this process alone, since JAX does not write its files in one piece.
+    """
+    compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and collecting may have compiled already
+    for name, value in {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

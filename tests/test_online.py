@@ -37,24 +37,6 @@ STEPS = 4
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evidence.jsonl")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _caches(tmp_path_factory):
-    """Compiled functions are kept for the runs of this file: many of them differ in nothing but their rewards."""
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    for name, value in (CACHE | {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}).items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-CACHE = {
-    "jax_compilation_cache_dir": None,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
 class Trouble:
     """What the reward `vowels` does at a certain call (1 is the evaluation before training), once."""
 
