@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -73,6 +74,25 @@ def attend(query: Array, key: Array, value: Array, bias: Array, *, scale: float,
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(b, g, (h // g) * t, -1), value, precision=precision)
     return mixed.reshape(b, h, t, k)
+
+
+def attend_in_blocks(
+    blocks: int, query: Array, key: Array, value: Array, bias: Array, *, scale: float, softcap: float | None
+) -> Array:
+    """`attend` for queries that see no column later than their own, where query i stands in column s − t + i.
+
+    They are cut into so many blocks, and none looks at the columns after its last: of t scores for each of t queries,
+    n blocks compute (n + 1) / 2n.
+    """
+    t, s = query.shape[2], key.shape[2]
+
+    def block(start: int, stop: int) -> Array:
+        last = s - t + stop
+        rows, seen = slice(start, stop), (slice(None), slice(None), slice(last))
+        return attend(query[:, :, rows], key[seen], value[seen], bias[:, :, rows, :last], scale=scale, softcap=softcap)
+
+    bounds = [t * i // blocks for i in range(blocks + 1)]
+    return jnp.concatenate([block(*ends) for ends in itertools.pairwise(bounds)], axis=2)
 
 
 def attend_shared(attend: Attend, query: Array, key: Array, value: Array, sights: tuple[Sight, Sight]) -> Array:

@@ -41,6 +41,12 @@ def choose(config: ModelConfig, queries: int, keys: int) -> str:
     return wanted
 
 
+def blocks(queries: int) -> int:
+    """Into how many blocks XLA's attention cuts the queries of a row: more save less and less, and each is compiled."""
+    smallest = 32 if platform() == "cpu" else 128
+    return 1 if ways_here(("context",)) > 1 else min(max(queries // smallest, 1), 4)
+
+
 def objection(kernel: str, config: ModelConfig, queries: int, keys: int) -> str | None:
     """Why a kernel cannot compute the attention of this model on the mesh that is set, or None."""
     where, dtype = platform(), config.compute_dtype

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from rljax.models import kernels
-from rljax.models.attention import Sight, attend, attend_shared, biases, count_positions, exact, visible
+from rljax.models.attention import Sight, attend_in_blocks, attend_shared, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
 from rljax.models.config import ModelConfig
 from rljax.models.product import RESULT, product
@@ -135,7 +135,8 @@ class Attention(nn.Module):
             scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
             how: dict[str, Any] = {"scale": scale, "softcap": c.attention_softcap}
             if sight.bias is not None:
-                return attend(query, key, value, pick(sight.bias, kind.window), **how)
+                blocks = kernels.blocks(query.shape[2]) if memory is None else 1  # a cache has slots behind
+                return attend_in_blocks(blocks, query, key, value, pick(sight.bias, kind.window), **how)
             kernel = kernels.choose(c, query.shape[2], key.shape[2])
             of = [functools.partial(kernels.attend, kernel, window=window, **how) for window in window_choices(c)]
             return switch(kind.window, of, query, key, value, sight.queries, sight.keys)
