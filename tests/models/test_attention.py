@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rljax import sharding
-from rljax.models import ModelConfig, attention, build, kernels
+from rljax.models import ModelConfig, attention, build, init_cache, kernels
 
 SMALL = ModelConfig(
     vocab_size=32,
@@ -78,7 +78,7 @@ def test_how_many_blocks():
 
 @pytest.mark.parametrize("config", [SMALL, GEMMA], ids=["llama", "gemma"])
 def test_a_model_is_the_same_in_blocks_and_saves_work(config, monkeypatch):
-    """Packed rows of 128 tokens: hidden states and gradients; a decoder that reads from a cache is not cut."""
+    """Packed rows of 128 tokens: hidden states and gradients."""
     model = build(config)
     params = model.init(jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (2, 128), 0, config.vocab_size)
@@ -97,3 +97,15 @@ def test_a_model_is_the_same_in_blocks_and_saves_work(config, monkeypatch):
     expected, plain = measured()
     chex.assert_trees_all_close(got, expected, rtol=1e-4, atol=1e-4)
     assert flops < 0.9 * plain
+
+
+def test_a_cache_is_not_cut(monkeypatch):
+    """Its slots do not end with the last query: the first six tokens of ten, written into a cache of twelve."""
+    monkeypatch.setattr(kernels, "blocks", lambda queries: min(queries, 3))
+    model = build(SMALL)
+    params = model.init(jax.random.key(0))
+    ids, segments = jnp.arange(10)[None], jnp.ones((1, 10), jnp.int32)
+    whole = model.apply(params, ids, segments).hidden
+    first = model.apply(params, ids[:, :6], segments[:, :6], cache=init_cache(SMALL, 1, 12))
+    rest = model.apply(params, ids[:, 6:], segments[:, 6:], cache=first.cache)
+    chex.assert_trees_all_close(jnp.concatenate([first.hidden, rest.hidden], axis=1), whole, rtol=1e-4, atol=1e-4)
