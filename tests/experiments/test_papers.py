@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import pathlib
 import sys
 
@@ -26,6 +27,14 @@ def run(monkeypatch):
         del sys.modules[name]
 
 
+SLOW = (  # their claims hold for one seed too, and that is what runs unless RLJAX_ALL_SEEDS is set
+    "adaptive_kl",
+    "dpo_frontier",
+    "kto_unpaired",
+    "length_bias",
+    "ppo_ptx",
+    "rloo_vs_ppo",
+)
 FAILING = {  # published as failed: their pages say why
     "overoptimization_rl": ["d (α − β ln d) fits"],
     "overoptimization_reward_models": [f"{n} preferences, PPO: d (α − β ln d)" for n in ("100", "3,000")],
@@ -36,7 +45,7 @@ FAILING = {  # published as failed: their pages say why
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reproduction_passes(run, name, tmp_path):
-    done = run(name)
+    done = run(name, seeds=1 if name in SLOW and not os.environ.get("RLJAX_ALL_SEEDS") else 3)
     failed = [check.claim for check in done.result.checks if not check.holds]
     # One that is published as failed by a hair may hold with another processor's rounding.
     assert set(failed) <= set(FAILING.get(name, [])), papers.text_table(done.result.checks)
@@ -123,22 +132,14 @@ FAILS = {
     "pairs are turned round": ("overoptimization_reward_models", "100 preferences, PPO: gold peaks"),
     "best of half as many": ("best_of_n_kl", "the estimator agrees"),
 }
-SLOW = (  # hold for one seed too
-    "adaptive_kl",
-    "dpo_frontier",
-    "kto_unpaired",
-    "length_bias",
-    "overoptimization_reward_models",
-    "ppo_ptx",
-    "rloo_vs_ppo",
-)
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
     monkeypatch.setattr(*BROKEN[what])
     name, claim = FAILS[what]
-    failed = [check.claim for check in run(name, seeds=1 if name in SLOW else 3).result.checks if not check.holds]
+    few = name in (*SLOW, "overoptimization_reward_models")  # one claim of the latter holds by a hair for one seed
+    failed = [check.claim for check in run(name, seeds=1 if few else 3).result.checks if not check.holds]
     assert claim in failed
 
 
