@@ -38,3 +38,16 @@ def test_bfloat16_gradients_are_bfloat16():
     x, y = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5), jnp.bfloat16)
     dx, dy = jax.grad(lambda x, y: jnp.sum(product("btd,df->btf", x, y)).astype(jnp.float32), (0, 1))(x, y)
     assert (dx.dtype, dy.dtype) == (jnp.bfloat16, jnp.bfloat16)
+
+
+def test_on_cpus_the_wider_operand_comes_second():
+    """Of x [b t f] and g [b t d] with f > d the product is d × f, turned back after it; a wide g is not turned."""
+    x, y = jnp.ones((2, 3, 5)), jnp.ones((5, 4))
+
+    def barriers(equation, x, y):
+        jaxpr = str(jax.make_jaxpr(jax.grad(lambda y: product(equation, x, y).sum()))(y))
+        lines = [line for line in jaxpr.splitlines() if "optimization_barrier" in line]
+        return [line.split("=")[0].split(":")[1].strip() for line in lines]
+
+    assert barriers("btf,fd->btd", x, y) == ["f32[2,3,5]", "f32[4,5]"]
+    assert barriers("btd,df->btf", jnp.ones((2, 3, 4)), y.T) == []
