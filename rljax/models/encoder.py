@@ -100,7 +100,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Context) -> tuple[Array, None]:
         c = self.config
-        attended, _ = Attention(c, name="attention")(x, Kind(window=0, rope=0), context, None)
+        attended, _ = Attention(c, both_ways=True, name="attention")(x, Kind(window=0, rope=0), context, None)
         x = Norm(c, (c.hidden_size,), c.norm, name="attention_norm")(x + attended)
         return split(Norm(c, (c.hidden_size,), c.norm, name="mlp_norm")(x + MLP(c, name="mlp")(x))), None
 

@@ -109,6 +109,7 @@ class Norm(nn.Module):
 
 class Attention(nn.Module):
     config: ModelConfig
+    both_ways: bool = False  # a token sees later ones too: encoders
 
     @nn.compact
     def __call__(self, x: Array, kind: Kind, context: Context, memory: tuple[Array, Array] | None):
@@ -135,7 +136,8 @@ class Attention(nn.Module):
             scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
             how: dict[str, Any] = {"scale": scale, "softcap": c.attention_softcap}
             if sight.bias is not None:
-                blocks = kernels.blocks(query.shape[2]) if memory is None else 1  # a cache has slots behind
+                in_order = memory is None and not self.both_ways  # a cache has slots behind the last query
+                blocks = kernels.blocks(query.shape[2]) if in_order else 1
                 return attend_in_blocks(blocks, query, key, value, pick(sight.bias, kind.window), **how)
             kernel = kernels.choose(c, query.shape[2], key.shape[2])
             of = [functools.partial(kernels.attend, kernel, window=window, **how) for window in window_choices(c)]
