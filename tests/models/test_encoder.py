@@ -100,6 +100,16 @@ def test_packed_texts_do_not_see_each_other():
     close(hidden[1, 7:8], golden["hidden"][2, :1])
 
 
+def test_a_long_text_sees_both_ways():
+    """Its first token sees the last of 70: rows of so many are cut into blocks where tokens see earlier ones only."""
+    config = dataclasses.replace(loaded(BERT)[0].config, max_positions=80)
+    model, ids = encoder.build(config), np.arange(70)[None] % 60
+    params, segments = model.init(jax.random.key(0)), np.ones_like(ids)
+    other = np.where(np.arange(70) == 69, 61, ids)
+    hidden = [np.asarray(model.apply(params, x, segments, types=np.zeros_like(x)))[0, 0] for x in (ids, other)]
+    assert np.abs(hidden[0] - hidden[1]).max() > 1e-7
+
+
 MUTATIONS = [
     (CLASSIFIER, {"norm_eps": 1e-5}),
     (CLASSIFIER, {"activation": "gelu_tanh"}),
