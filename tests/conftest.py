@@ -1,8 +1,10 @@
 """Strict JAX for every test: eight fake CPU devices, no silent rank promotion, shapes checked in the mathematics."""
 
 import gc
+import inspect
 import os
 import pathlib
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile more than they compute: let the compiler be quick about it. Programs in subprocesses run as users do.
@@ -28,20 +30,36 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def programs(tmp_path_factory):
+@pytest.fixture(scope="session")
+def kept_programs(tmp_path_factory) -> pathlib.Path:
+    """New, and of this process alone, since JAX does not write its files in one piece."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs(request, kept_programs):
     """What this process has compiled it need not compile again for another test.
 
-    The folder is new, and of this process alone, since JAX does not write its files in one piece.
+    Not where a module compiles by itself: it reads what comes out, and a program from a file is not always told in the
+    same words, or, if it was compiled for a machine that is not here, not read at all.
     """
-    compilation_cache.reset_cache()  # JAX asks once whether there is a cache, and collecting may have compiled already
-    for name, value in {
+    if re.search(r"\.compile\(|planning", inspect.getsource(request.module)):
+        yield
+        return
+    settings = {
         "jax_enable_compilation_cache": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_compilation_cache_dir": str(kept_programs),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    compilation_cache.reset_cache()  # JAX asks once whether there is a cache
+    for name, value in settings.items():
         jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -76,6 +76,7 @@ def start(file: pathlib.Path, kind: str, name: str) -> subprocess.Popen:
         "RLJAX_TEST_KIND": kind,
         "RLJAX_TEST_PLAN": name,
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

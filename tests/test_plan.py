@@ -174,6 +174,8 @@ def test_what_does_not_fit_says_by_how_much(tmp_path, capsys):
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 31.20G of "
          "15.75G hbm. Exceeded hbm capacity by 15.45G.", 31.2 * 2**30),
         ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 512.0MiB.", 512 * 2**20),
+        ("RESOURCE_EXHAUSTED: Allocation (size=51539607552) would exceed memory (size=17179869184) :: %s1 = inlined",
+         48 * 2**30),
         ("INVALID_ARGUMENT: no such thing", None),
     ],
 )  # fmt: skip

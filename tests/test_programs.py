@@ -235,7 +235,8 @@ if __name__ == "__main__":
 
 
 def start(file: pathlib.Path, *options: str) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    """As a user does, who has a cache of compiled programs."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE")}
     command = [sys.executable, str(file), *options]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -189,6 +189,7 @@ def needed_bytes(message: str) -> float | None:
             r"required[^()]*\(([\d.]+)([KMGT]?)\)",
             r"[Uu]sed ([\d.]+)([KMGT]?) of",
             r"allocat\w+ ([\d.]+)([KMGT]?)i?B",
+            r"size=(\d+)()\) would exceed",
         )
         if (found := re.search(pattern, message))
     ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 
@@ -152,12 +153,24 @@ def test_rloo_comes_near_the_optimum(bandit):
     assert np.abs(pi - best).max() < 0.05
 
 
+SOME = ("PPO", "RLOO", "REINFORCE++", "GRPO, k3 in the loss", "PPO, two tokens", "RLOO, two tokens, k2 in the loss")
+
+
 @pytest.mark.slow
-def test_every_algorithm_ends_where_it_should(bandit, capsys):
-    assert bandit.main(seeds=1) == 0
+@pytest.mark.parametrize(
+    ("in_loss", "sizes"),  # where the loss has a KL of noise, more samples are needed to come near
+    [(False, {"steps": 150, "samples": 128, "learning_rate": 6e-3}), (True, {})],
+    ids=["KL in the reward", "KL in the loss"],
+)
+def test_algorithms_end_where_they_should(bandit, capsys, monkeypatch, in_loss, sizes):
+    """Six of them, or all with RLJAX_ALL_SEEDS."""
+    cases = [case for case in bandit.CASES if os.environ.get("RLJAX_ALL_SEEDS") or case.name in SOME]
+    monkeypatch.setattr(bandit, "CASES", [case for case in cases if ("in the loss" in case.name) == in_loss])
+    assert bandit.main(seeds=1, **sizes) == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed
-    assert printed.count(" pass") == len(bandit.CASES) + 3
+    predicted = sum(case.answer is not bandit.tilted for case in bandit.CASES)
+    assert printed.count(" pass") == len(bandit.CASES) + predicted >= 4
 
 
 @pytest.mark.slow
@@ -165,7 +178,7 @@ def test_a_wrong_kl_misses_the_optimum(bandit, capsys, monkeypatch):
     right = advantages.shape_rewards
     half = lambda *args, kl_coef, **kwargs: right(*args, kl_coef=0.5 * kl_coef, **kwargs)  # noqa: E731
     monkeypatch.setattr(advantages, "shape_rewards", half)
-    assert bandit.main(seeds=1, only="RLOO, two tokens") == 1
+    assert bandit.main(seeds=1, steps=150, samples=128, only="RLOO, two tokens") == 1
     assert "FAIL" in capsys.readouterr().out
 
 
