@@ -27,14 +27,9 @@ def run(monkeypatch):
         del sys.modules[name]
 
 
-SLOW = (  # their claims hold for one seed too, and that is what runs unless RLJAX_ALL_SEEDS is set
-    "adaptive_kl",
-    "dpo_frontier",
-    "kto_unpaired",
-    "length_bias",
-    "ppo_ptx",
-    "rloo_vs_ppo",
-)
+ALL = bool(os.environ.get("RLJAX_ALL_SEEDS"))  # else what is slow runs with one seed, and what takes a minute does not
+SLOW = ("adaptive_kl", "kto_unpaired", "ppo_ptx")
+A_MINUTE = ("dpo_frontier", "length_bias", "overoptimization_reward_models", "rloo_vs_ppo")
 FAILING = {  # published as failed: their pages say why
     "overoptimization_rl": ["d (α − β ln d) fits"],
     "overoptimization_reward_models": [f"{n} preferences, PPO: d (α − β ln d)" for n in ("100", "3,000")],
@@ -45,7 +40,9 @@ FAILING = {  # published as failed: their pages say why
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reproduction_passes(run, name, tmp_path):
-    done = run(name, seeds=1 if name in SLOW and not os.environ.get("RLJAX_ALL_SEEDS") else 3)
+    if name in A_MINUTE and not ALL:
+        pytest.skip("takes a minute: set RLJAX_ALL_SEEDS=1")
+    done = run(name, seeds=1 if name in SLOW and not ALL else 3)
     failed = [check.claim for check in done.result.checks if not check.holds]
     # One that is published as failed by a hair may hold with another processor's rounding.
     assert set(failed) <= set(FAILING.get(name, [])), papers.text_table(done.result.checks)
@@ -137,11 +134,10 @@ FAILS = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
     name, claim = FAILS[what]
-    slow = name in (*SLOW, "overoptimization_reward_models")  # one claim of the latter holds by a hair for one seed
-    if slow and not os.environ.get("RLJAX_ALL_SEEDS"):
+    if name in (*SLOW, *A_MINUTE) and not ALL:
         pytest.skip("takes half a minute or more: set RLJAX_ALL_SEEDS=1")
     monkeypatch.setattr(*BROKEN[what])
-    failed = [check.claim for check in run(name, seeds=1 if slow else 3).result.checks if not check.holds]
+    failed = [check.claim for check in run(name, seeds=3).result.checks if not check.holds]
     assert claim in failed
 
 
