@@ -30,6 +30,13 @@ from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("RLJAX_ALL_TESTS"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: set RLJAX_ALL_TESTS=1"))
+
+
 @pytest.fixture(scope="session")
 def kept_programs(tmp_path_factory) -> pathlib.Path:
     """New, and of this process alone, since JAX does not write its files in one piece."""

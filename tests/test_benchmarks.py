@@ -108,7 +108,7 @@ def test_shared_prompts_are_measured_against_plain_rows():
         assert 0 < figure["temporary"] < 1  # both were compiled, and the shared one needs less
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_takes_turns_with_a_peer_and_goes_on_without_one_that_cannot_start(tmp_path):
     """The peer is a second copy of ours; the interpreter given for tunix has none."""
     command = [sys.executable, FOLDER / "compare.py", "--shape", "toy", "--figure", "dpo", "generate", "--rounds", "2"]

@@ -118,7 +118,7 @@ def metrics(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", "whole"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("whole", marks=pytest.mark.long)])
 def test_weights_that_wait_in_host_memory_change_no_bit(kind, stories, tmp_path):
     run = {
         "dpo": functools.partial(DPO, data=cases.pairs(tmp_path), cache_reference=False),

@@ -574,7 +574,7 @@ def test_host_rewards_are_learned(settings, tmp_path):
     assert np.mean(scores[-4:]) > scores[0] + 0.1  # the first batch is the untrained policy's; four steps learn most
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_metrics_do_not_depend_on_the_mesh(settings, tmp_path):
     found = {}
     for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):

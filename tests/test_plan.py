@@ -134,7 +134,7 @@ def test_dpo_of_llama_3_8b_on_256_chips(tmp_path):
     assert rss < 4 * 2**30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_of_70_billion_on_2048_chips(tmp_path):
     """Policy, critic and reference, 280 GB each in float32, and 1.1 TB of moments: planned in a few GB."""
     mesh = "--topology", "v5p:8x16x16", "--mesh.fsdp", "512", "--mesh.tensor", "4"
@@ -153,6 +153,7 @@ def test_ppo_of_70_billion_on_2048_chips(tmp_path):
     assert rss < 8 * 2**30
 
 
+@pytest.mark.long
 def test_what_does_not_fit_says_by_how_much(tmp_path, capsys):
     pytest.importorskip("libtpu")
     file = write(tmp_path, LLAMA_3_8B, DPO)

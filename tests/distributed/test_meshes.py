@@ -20,8 +20,8 @@ SHORT = ("--steps", "2", "--no-checks", "--samples", "2", "--max-completion", "8
 
 
 def meshes(program: str) -> list[str]:
-    """One of six for each program, so that each mesh has one or two; all with RLJAX_ALL_MESHES=1 (ten minutes)."""
-    if os.environ.get("RLJAX_ALL_MESHES"):
+    """One of six for each program, so that each mesh has one or two; all with RLJAX_ALL_TESTS (ten minutes)."""
+    if os.environ.get("RLJAX_ALL_TESTS"):
         return list(MESHES)
     return [list(MESHES)[(PROGRAMS.index(program) + 1) % len(MESHES)]]
 

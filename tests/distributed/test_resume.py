@@ -66,7 +66,7 @@ def test_one_process_goes_on_with_what_two_have_begun(runs, name, capsys):
     same.assert_same(folder / "one" / name, run, tolerance=5e-3, after=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_that_fails_on_one_host_ends_all_with_its_reason(small, tmp_path):
     """All save, say why and leave at once; the same command goes on to the bits of a run that had no such trouble."""
     files = same.files(small, tmp_path, ["moody"])

@@ -58,7 +58,9 @@ def test_ppo_sentiment_takes_two_steps(stories, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["number_guessing", "calculator", "question_answering"])
+@pytest.mark.parametrize(
+    "name", ["number_guessing", "calculator", pytest.param("question_answering", marks=pytest.mark.long)]
+)
 def test_environments_take_two_steps(name, chatty, tmp_path):
     records = run(name, chatty, tmp_path, "--max_prompt", "360", "--max_completion", "48")
     assert [record["step"] for record in records] == [0, 1, 2]
@@ -86,7 +88,7 @@ def test_ppo_sentiment_does_not_train_on_what_it_is_judged_by():
     assert not {row["prompt"] for row in module.openings(None, None)} & set(dpo.HELD_OUT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sentiment_frontier_has_a_point_for_every_checkpoint(stories, tmp_path):
     """Of a method of each kind; begun again with one more, the runs that stand are looked at and not repeated."""
     argv = ["run", str(EXPERIMENTS / "sentiment_frontier.py"), "--model", str(stories), "--out", str(tmp_path / "runs")]

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 import pathlib
 import sys
 
@@ -22,14 +21,21 @@ def run(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     with jax.numpy_rank_promotion("allow"):  # as for a user
-        yield lambda name, seeds=3: papers.run(FOLDER / f"{name}.py", cli.import_file, seeds=seeds, quick=True)
+        yield lambda name: papers.run(FOLDER / f"{name}.py", cli.import_file, seeds=3, quick=True)
     for name in {file.stem for file in FILES} & (set(sys.modules) - before):
         del sys.modules[name]
 
 
-ALL = bool(os.environ.get("RLJAX_ALL_SEEDS"))  # else what is slow runs with one seed, and what takes a minute does not
-SLOW = ("adaptive_kl", "kto_unpaired", "ppo_ptx")
-A_MINUTE = ("dpo_frontier", "length_bias", "overoptimization_reward_models", "rloo_vs_ppo")
+LONG = (
+    "adaptive_kl",
+    "dpo_frontier",
+    "kto_unpaired",
+    "length_bias",
+    "overoptimization_reward_models",
+    "overoptimization_rl",
+    "ppo_ptx",
+    "rloo_vs_ppo",
+)
 FAILING = {  # published as failed: their pages say why
     "overoptimization_rl": ["d (α − β ln d) fits"],
     "overoptimization_reward_models": [f"{n} preferences, PPO: d (α − β ln d)" for n in ("100", "3,000")],
@@ -38,11 +44,13 @@ FAILING = {  # published as failed: their pages say why
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+def marked(value, name):
+    return pytest.param(value, marks=pytest.mark.long if name in LONG else ())
+
+
+@pytest.mark.parametrize("name", [marked(name, name) for name in NAMES])
 def test_a_reproduction_passes(run, name, tmp_path):
-    if name in A_MINUTE and not ALL:
-        pytest.skip("takes a minute: set RLJAX_ALL_SEEDS=1")
-    done = run(name, seeds=1 if name in SLOW and not ALL else 3)
+    done = run(name)
     failed = [check.claim for check in done.result.checks if not check.holds]
     # One that is published as failed by a hair may hold with another processor's rounding.
     assert set(failed) <= set(FAILING.get(name, [])), papers.text_table(done.result.checks)
@@ -131,13 +139,11 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("what", [marked(what, FAILS[what][0]) for what in BROKEN])
 def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
     name, claim = FAILS[what]
-    if name in (*SLOW, *A_MINUTE) and not ALL:
-        pytest.skip("takes half a minute or more: set RLJAX_ALL_SEEDS=1")
     monkeypatch.setattr(*BROKEN[what])
-    failed = [check.claim for check in run(name, seeds=3).result.checks if not check.holds]
+    failed = [check.claim for check in run(name).result.checks if not check.holds]
     assert claim in failed
 
 

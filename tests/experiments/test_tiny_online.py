@@ -159,12 +159,15 @@ SOME = ("PPO", "RLOO", "REINFORCE++", "GRPO, k3 in the loss", "PPO, two tokens",
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("in_loss", "sizes"),  # where the loss has a KL of noise, more samples are needed to come near
-    [(False, {"steps": 150, "samples": 128, "learning_rate": 6e-3}), (True, {})],
+    [
+        (False, {"steps": 150, "samples": 128, "learning_rate": 6e-3}),
+        pytest.param(True, {}, marks=pytest.mark.long),
+    ],
     ids=["KL in the reward", "KL in the loss"],
 )
 def test_algorithms_end_where_they_should(bandit, capsys, monkeypatch, in_loss, sizes):
-    """Six of them, or all with RLJAX_ALL_SEEDS."""
-    cases = [case for case in bandit.CASES if os.environ.get("RLJAX_ALL_SEEDS") or case.name in SOME]
+    """Six of them, or all with RLJAX_ALL_TESTS."""
+    cases = [case for case in bandit.CASES if os.environ.get("RLJAX_ALL_TESTS") or case.name in SOME]
     monkeypatch.setattr(bandit, "CASES", [case for case in cases if ("in the loss" in case.name) == in_loss])
     assert bandit.main(seeds=1, **sizes) == 0
     printed = capsys.readouterr().out
@@ -173,7 +176,7 @@ def test_algorithms_end_where_they_should(bandit, capsys, monkeypatch, in_loss, 
     assert printed.count(" pass") == len(bandit.CASES) + predicted >= 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_wrong_kl_misses_the_optimum(bandit, capsys, monkeypatch):
     right = advantages.shape_rewards
     half = lambda *args, kl_coef, **kwargs: right(*args, kl_coef=0.5 * kl_coef, **kwargs)  # noqa: E731
@@ -213,7 +216,7 @@ def test_the_band_is_students(load):
     np.testing.assert_allclose(half, [3.1824 * 1.29099 / 2, 0], rtol=1e-4)  # t of 3 degrees of freedom, by table
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_sweep_draws_its_curves(load, tmp_path, capsys):
     assert load("ppo_seeds").main(seeds=2, steps=3, batch=8, out=str(tmp_path)) == 0
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
