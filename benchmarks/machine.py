@@ -267,6 +267,12 @@ def add_malloc(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """How our models are computed; left out: as programs do it."""
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
+    parser.add_argument("--unroll", type=int, default=1, help="layers per step of the scan over layers; 0: all")
+
+
 @contextlib.contextmanager
 def worker(command: Sequence[str], cores: int | None = None, env: Mapping[str, str] | None = None) -> Iterator[Worker]:
     """One that is ready (has compiled); it is ended on leaving. cores pins it to so many (Linux); env: see MALLOC."""

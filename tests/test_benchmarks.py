@@ -1,5 +1,6 @@
 """The benchmarks run: one JSON line per figure, at a shape of no interest."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -113,6 +114,7 @@ def test_compare_takes_turns_with_a_peer_and_goes_on_without_one_that_cannot_sta
     """The peer is a second copy of ours; the interpreter given for tunix has none."""
     command = [sys.executable, FOLDER / "compare.py", "--shape", "toy", "--figure", "dpo", "generate", "--rounds", "2"]
     others = ["--peer-python", sys.executable, "--tunix-python", sys.executable, "--results", tmp_path]
+    others += ["--remat", "none", "--unroll", "0"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run([*command, *others], env=env, capture_output=True, text=True, timeout=600, check=True)
     assert "No module named 'tunix'" in done.stderr
@@ -128,6 +130,7 @@ def test_compare_takes_turns_with_a_peer_and_goes_on_without_one_that_cannot_sta
         assert ratio["ratio"] == "rljax / peer, seconds"
         assert ratio["ratio_of_best"] == pytest.approx(ours["seconds_best"] / peer["seconds_best"], rel=2e-3)
         assert {"jax", "python"} <= ours["versions"].keys()
+        assert (ours["remat"], ours["unroll"]) == (peer["remat"], peer["unroll"]) == ("none", "all")
         assert ours["machine"] == peer["machine"]
         assert ours["dtype"] == peer["dtype"] == "float32"
         assert ours["rounds"] == peer["rounds"] == 2
@@ -167,6 +170,17 @@ def test_groups_that_take_turns_hold_ours_or_one_alone(monkeypatch):
     assert compare.groups(names, 2) == [["rljax", "trl"], ["rljax", "tunix"]]
     assert compare.groups(names, 1) == [["rljax"], ["trl"], ["tunix"]]
     assert compare.groups(["rljax"], 2) == [["rljax"]]
+
+
+def test_how_layers_are_computed_is_asked_of_ours_alone(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import compare
+
+    asked = argparse.Namespace(scale=1, peer_python="p", trl_python="t", tunix_python="u", remat="none", unroll=0)
+    for figure in ("dpo", "generate", "ppo-update"):
+        of = compare.commands("toy", figure, asked)
+        has = {name: " ".join(command).endswith("--remat none --unroll 0 --worker") for name, command in of.items()}
+        assert has == {"rljax": True, "peer": True, "trl": False, "tunix": False}
 
 
 def test_median_of_ratios_is_over_neighbouring_rounds(monkeypatch):
