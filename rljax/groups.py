@@ -26,8 +26,11 @@ NONE = Shares()
 
 
 def shares(run: Any, shards: int) -> Shares:
-    """All that a run may share. shards: over how many devices rows are split, each of which needs whole groups."""
-    if not run.share_prompts or run.environment is not None:
+    """All that a run may share. shards: over how many devices rows are split, each of which needs whole groups.
+
+    Episodes share as completions do: the copies of one have one `reset`, whose prompt stands in the same columns.
+    """
+    if not run.share_prompts:
         return NONE
     whole = run.batch % (run.minibatches * run.microbatches * shards) == 0
     return Shares(run.group, together(run) if whole else 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rljax import logprobs, policy, rewards, sampling, sharding
+from rljax import logprobs, models, policy, rewards, sampling, sharding
 from rljax.environments import Environment, Turn, play, single_turn
 from rljax.filters import Sampling
 from tests import tiny
@@ -231,6 +231,34 @@ def test_copies_share_a_reset_and_rows_do_not():
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
     assert again == seeds
     assert not set(seeds) & set(other)
+
+
+def test_the_copies_of_an_episode_can_share_their_prompt(llama):
+    """A model that reads a prompt once for its copies has the same log-probabilities, also where a reset failed and
+    where copies end after different turns: what `groups.shares` relies on.
+    """
+
+    def reset(row, seed):
+        if row["prompt"] == "Lily":
+            raise RuntimeError("nobody is at home")
+        return 0, row["prompt"]
+
+    def step(state, text, ids):
+        return state + 1, Turn(" Then he said", 1.0, done=state == 2 or ids[0] % 2 == 0)
+
+    n, environment = 3, Environment(reset, step, 4)
+    episodes = play(llama, environment, PROMPTS, jax.random.key(3), sampling=SETTINGS, n=n, **LIMITS)
+    tokens = episodes.rollout.tokens
+    prompts = tokens.ids[:, : LIMITS["max_prompt"]].reshape(len(PROMPTS), n, -1)
+    assert (prompts == prompts[:, :1]).all()
+    assert [len(set(turns)) > 1 for turns in episodes.turns.reshape(-1, n)].count(True) >= 2
+    assert tokens.segments.any(1).tolist() == [*[True] * n, *[False] * n, *[True] * 2 * n]
+    shared = models.share_prompts(llama.model, n=n, completion=LIMITS["max_length"] - LIMITS["max_prompt"])
+    ours, plain = (
+        jax.jit(functools.partial(logprobs.token_logps, model))(llama.params, tokens) for model in (shared, llama.model)
+    )
+    np.testing.assert_allclose(ours[tokens.mask], plain[tokens.mask], atol=1e-5)
+    assert (plain[tokens.mask] < -0.01).mean() > 0.9
 
 
 def test_a_step_may_change_its_state():
