@@ -11,6 +11,11 @@ have not moved it. A model of this size hardly knows these facts, so little is t
 from rljax import environments, presets, rewards
 
 CATEGORIES = ("trivia",)  # the one whose answers are facts
+SHOWN = {
+    "What is the capital of Portugal?": "Lisbon",
+    "How many legs does a spider have?": "8",
+    "Who wrote Don Quixote?": "Cervantes",
+}
 
 
 def questions(policy, key, *, categories: tuple[str, ...] = CATEGORIES) -> list[dict]:
@@ -22,17 +27,21 @@ def questions(policy, key, *, categories: tuple[str, ...] = CATEGORIES) -> list[
 
 
 def ask(row: dict) -> list[dict]:
-    return [{"role": "user", "content": row["question"]}]
+    """A dialogue that shows how long an answer is to be, then the question."""
+    told = [{"role": "system", "content": "Answer with a name, a word or a number."}]
+    for question, answer in SHOWN.items():
+        told += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*told, {"role": "user", "content": row["question"]}]
 
 
 experiment = presets.grpo(
     model="smollm2-135m-instruct",
     data=questions,
     environment=environments.question_answering(rewards.token_f1, prompt=ask),
-    max_prompt=64,
-    max_completion=24,
+    max_prompt=128,
+    max_completion=16,
     steps=40,
-    batch=4,
+    batch=8,
     group=8,
     learning_rate=2e-5,
     eval_rows=32,
