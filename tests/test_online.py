@@ -27,7 +27,7 @@ from rljax import (
     tracking,
     train,
 )
-from rljax.environments import number_guessing
+from rljax.environments import Environment, Turn, number_guessing
 from rljax.metrics import define
 from rljax.models import hf
 from tests.test_programs import state_bits
@@ -535,6 +535,27 @@ def test_an_environment_of_several_turns(settings, tmp_path):
         told = [token for token, trained in zip(row["tokens"], row["mask"], strict=True) if not trained]
         assert all(ratio == 1.0 for ratio, trained in zip(row["ratio"], row["mask"], strict=True) if not trained)
         assert "guess:" in "".join(told) or not told
+
+
+@pytest.mark.slow
+def test_copies_of_an_episode_learn_alike_from_a_shared_prompt(settings, tmp_path):
+    """The first update, of two episodes in two copies each, with their prompts computed once and twice."""
+
+    def step(state, text, ids):
+        return state + 1, Turn(" Then", float(ids.sum() % 7), done=state == 1)
+
+    told = Environment(lambda row, seed: (0, row["prompt"]), step, 2)
+    common = settings(tmp_path, max_completion=24, reward=None, batch=2, group=2, steps=1, save_every=1, eval_every=1)
+    common |= {"environment": told, "turn_tokens": 4, "checks": False}
+    first = {}
+    for share in (True, False):
+        changes = {"name": f"share-{share}", "share_prompts": share, "kl_loss": 0.1}
+        assert online.run(presets.rloo(**common | changes)) == 0
+        (first[share],) = [row for row in metrics_of(tmp_path / f"share-{share}") if row["step"] == 1]
+    assert first[True].keys() == first[False].keys()
+    for name, value in first[False].items():
+        np.testing.assert_allclose(first[True][name], value, rtol=2e-3, atol=2e-5, err_msg=name)
+    assert first[True]["grad_norm"] > 1e-3
 
 
 @pytest.mark.slow
