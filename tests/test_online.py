@@ -554,7 +554,8 @@ def test_copies_of_an_episode_learn_alike_from_a_shared_prompt(settings, tmp_pat
         (first[share],) = [row for row in metrics_of(tmp_path / f"share-{share}") if row["step"] == 1]
     assert first[True].keys() == first[False].keys()
     for name, value in first[False].items():
-        np.testing.assert_allclose(first[True][name], value, rtol=2e-3, atol=2e-5, err_msg=name)
+        if not name.startswith("eval/"):  # what is sampled after the update may differ by more than rounding
+            np.testing.assert_allclose(first[True][name], value, rtol=2e-3, atol=2e-5, err_msg=name)
     assert first[True]["grad_norm"] > 1e-3
 
 
