@@ -198,7 +198,8 @@ def _evaluate(
     run: Sampled, setup: Setup, state: State, progress: Progress, tracker: tracking.Tracker, at: int
 ) -> tuple[Progress, dict[str, float] | None]:
     """Held-out prompts completed, judged, logged and shown; `owed` until all of that is done."""
-    written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
+    with tracker.phase():
+        written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
     progress, measured = evaluation.log(run, written, progress, tracker, at)
     done = at == run.steps or progress.waited >= (run.patience or np.inf)
     evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")

@@ -169,6 +169,8 @@ class Tracker:
     def phase(self, text: str | None = None) -> Iterator[None]:
         """Something that does not count in the throughput (evaluation, compilation, saving); announced with its
         seconds if it has a text."""
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])  # else the phase waits for the step, and takes its seconds away
         start = self._clock()
         try:
             with contextlib.nullcontext() if text is None else self.line.phase(text):
