@@ -147,12 +147,17 @@ def plan_run(argv: Sequence[str]) -> int:
     if options["json"]:
         print(json.dumps([planning.as_json(plan) for plan in plans]))
     else:
-        out = Console(width=None if sys.stdout.isatty() else 110)
+        out = _wide()
         planning.show(plans[0], out)
         if options["search"]:
             out.print()
             planning.ranking(plans, out)
     return 0 if plans[0].fits else 1
+
+
+def _wide() -> Console:
+    """As wide as the terminal; into a file or a pipe, wide enough for a table of numbers."""
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def inspect_run(argv: Sequence[str]) -> int:
@@ -166,7 +171,7 @@ def inspect_run(argv: Sequence[str]) -> int:
             step: one at which the run evaluated (the last, if none is named)
             row: only this row
         """
-        evidence.show(run, step, Console(), row=row)
+        evidence.show(run, step, _wide(), row=row)
         return 0
 
     return tyro.cli(command, args=list(argv), prog="rljax inspect")

@@ -91,11 +91,11 @@ def place_prompts(sampler: Sampler, number: int) -> Tokens:
 
 
 def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
-    """Episodes of an environment: what it says comes with them."""
+    """Episodes of an environment: what it says comes with them. An AgreedError if all of them failed."""
     run, source = sampler.run, sampler.source
     now = sampler.start._replace(params=decoder_params(params))
     key = jax.random.fold_in(jax.random.key(run.seed), number)
-    rollout, per_token, total = episodes.of_rows(
+    played = episodes.of_rows(
         run,
         now,
         source.rows,
@@ -108,8 +108,11 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
         say=sampler.judges.say,
         n=run.group,
     )
-    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": per_token}
-    rollout, verdict = hosts.spread((rollout, Verdict(**arrays)), sampler.mesh)
+    if played.failure is not None:
+        raise hosts.AgreedError(played.failure)
+    total = played.total
+    arrays: dict[str, Any] = {"total": total, "parts": {"environment": total}, "per_token": played.rewards}
+    rollout, verdict = hosts.spread((played.rollout, Verdict(**arrays)), sampler.mesh)
     return Round(rollout, lambda: lambda: verdict)
 
 

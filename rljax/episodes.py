@@ -5,16 +5,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
 from rljax import data, hosts, settings
+from rljax.data.rows import shown
 from rljax.environments import play
 from rljax.policy import Policy
 from rljax.types import Rollout
+
+
+class Played(NamedTuple):
+    """Episodes, and what came of them."""
+
+    rollout: Rollout
+    rewards: np.ndarray  # f32[b t]; of tokens
+    total: np.ndarray  # f32[b]; NaN for one that failed
+    failure: str | None = None  # how the first of them failed, where all did
 
 
 def of_rows(
@@ -30,9 +40,9 @@ def of_rows(
     poll: Callable[[], None],
     say: Callable[[str], None],
     n: int = 1,
-) -> tuple[Rollout, np.ndarray, np.ndarray]:
-    """(n episodes of each of these rows, the rewards of their tokens f32[b t], their rewards f32[b], NaN for one that
-    failed); says how many failed, and why. Of several processes each plays a part, and all get everything.
+) -> Played:
+    """n episodes of each of these rows; says how many failed, and why. Of several processes each plays a part, and all
+    get everything.
 
     seed: numbers that set these episodes apart from all others; those of `seed` and of its neighbours share none.
     width: tokens of a prompt.
@@ -60,9 +70,15 @@ def of_rows(
     failed = np.asarray([failure is not None for failure in episodes.failures], bool)
     total = np.where(failed, np.nan, episodes.rewards.sum(1)).astype(np.float32)
     each = hosts.grouped(part, n)
-    found = hosts.exchange(each, (episodes.rollout, episodes.rewards, total))
-    why = [f"number {each.mine[i]}: {failure}" for i, failure in enumerate(episodes.failures) if failure is not None]
+    rollout, rewards, total = hosts.exchange(each, (episodes.rollout, episodes.rewards, total))
+    why = [
+        f"number {each.mine[i]}: {failure}. Its row: {shown(rows[int(indices[each.mine[i] // n])], 200)}"
+        for i, failure in enumerate(episodes.failures)
+        if failure is not None
+    ]
     reason = hosts.first_failure(why[0] if why else None)
-    if reason is not None:
-        say(f"{np.isnan(found[2]).sum()} of {len(found[2])} episodes failed; {reason[1]}")
-    return found
+    if reason is None:
+        return Played(rollout, rewards, total)
+    said = f"{np.isnan(total).sum()} of {len(total)} episodes failed; {reason[1]}"
+    say(said)
+    return Played(rollout, rewards, total, said if np.isnan(total).all() else None)

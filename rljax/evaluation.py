@@ -57,7 +57,7 @@ def shown(prompt: Any) -> str:
 
 def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, seed: int) -> Written:
     sampler = setup.sampler
-    rollout, _, total = episodes.of_rows(
+    rollout, _, total, _ = episodes.of_rows(
         run,
         now,
         rows,
@@ -81,13 +81,16 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
 def log(
     run: Any, written: Written, progress: Progress, tracker: tracking.Tracker, step: int
 ) -> tuple[Progress, dict[str, float] | None]:
-    """Log what was written; (progress, what ranks this state), where something does."""
+    """Log what was written; (progress, what ranks this state), where something does: nothing if no reward applied."""
     found: dict[str, float | None] = {"reward": mean(written.total), "reward/std": spread(written.total)}
     found |= {f"rewards/{name}/mean": mean(values) for name, values in written.parts.items()}
     found["completions/mean_length"] = mean(written.lengths)
     found["completions/clipped_ratio"] = mean(~written.finished)
     found = {name: value for name, value in found.items() if value is not None}
     tracker.log(step, found, prefix="eval/")
+    if "reward" not in found:
+        tracker.status(f"none of the {len(written.total)} held-out prompts has a reward: nothing to measure by")
+        return progress, None
     return program.rank(run, {f"eval/{name}": value for name, value in found.items()}, progress)
 
 

@@ -96,8 +96,11 @@ def show(run: str | pathlib.Path, step: int | None, console: Console, *, row: in
             f"there is no evidence of step {step}, only of {', '.join(map(str, steps))}: it is kept at evaluations, so "
             "set --eval-every and --evidence"
         )
-    for record in records:
-        if record["step"] == step and row in (None, record["row"]):
+    here = [record for record in records if record["step"] == step]
+    if row is not None and row not in (rows := [record["row"] for record in here]):
+        raise ValueError(f"there is no evidence of row {row}, only of {', '.join(map(str, rows))}: set --evidence")
+    for record in here:
+        if row in (None, record["row"]):
             console.print(_heading(record))
             console.print(_table(record))
     console.print(Text("\n".join(f"{name}: {text}" for name, text in COLUMNS.items() if name in records[0])))
@@ -114,7 +117,8 @@ def _table(record: Mapping[str, Sequence[Any]]) -> Table:
     names = [name for name in COLUMNS if name in record]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("token", "trained", *names):
-        table.add_column(name, justify="left" if name == "token" else "right", no_wrap=True)
+        word = name == "token"  # where there is not room for all, numbers stay whole
+        table.add_column(name, justify="left" if word else "right", no_wrap=not word, overflow="fold")
     for i, (token, trained) in enumerate(zip(record["tokens"], record["mask"], strict=True)):
         cells = [_cell(record[name][i]) if trained else "" for name in names]
         table.add_row(Text(repr(token)), "✓" if trained else "", *cells, style=None if trained else "dim")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -212,8 +213,12 @@ def check(run: Sampled) -> None:
         )
     if run.normalize_running and run.normalize_reference:
         raise ValueError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
-    if run.environment is not None and getattr(run, "advantage", None) is advantages.greedy_baseline:
+    if run.environment is not None and "greedy" in _parameters(getattr(run, "advantage", None)):
         raise ValueError("an environment has no greedy completions to compare with: choose another advantage")
+
+
+def _parameters(function: Callable[..., Any] | None) -> tuple[str, ...]:
+    return () if function is None else tuple(inspect.signature(function).parameters)
 
 
 def _check_unused(run: Sampled) -> None:

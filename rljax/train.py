@@ -307,7 +307,7 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, end: float = 0.0) -> opt
 
 def _after_warmup(schedule: optax.Schedule, peak: float, steps: int, warmup: int) -> optax.Schedule:
     if not 0 <= warmup < max(steps, 1):
-        raise ValueError(f"warmup must be at least 0 and less than steps={steps}, got {warmup}")
+        raise ValueError(f"warmup={warmup} must be at least 0 and less than the {steps} updates of the run")
     if warmup == 0:
         return schedule
     # Step 0 already learns a little: a first update at rate 0 would be a wasted batch.

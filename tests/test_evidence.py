@@ -111,9 +111,14 @@ def test_a_step_is_shown_and_others_are_named(tmp_path, capsys):
     assert "row 0" not in text
     assert text.count("✓") == 6
     assert "ratio: π / π_old after this step's updates" in text
+    narrow = io.StringIO()
+    evidence.show(tmp_path, None, Console(file=narrow, width=100))
+    assert "…" not in narrow.getvalue()  # tokens are folded, numbers are whole
     assert cli.main(["inspect", str(tmp_path), "--step", "5"]) == 0
     assert "step 5, row 0" in capsys.readouterr().out
     assert cli.main(["inspect", str(tmp_path), "--step", "7"]) == 2
     assert "there is no evidence of step 7, only of 5, 10" in capsys.readouterr().err
+    assert cli.main(["inspect", str(tmp_path), "--row", "7"]) == 2
+    assert "there is no evidence of row 7, only of 0, 1, 2" in capsys.readouterr().err
     assert cli.main(["inspect", str(tmp_path / "nothing")]) == 2
     assert "has no evidence" in capsys.readouterr().err

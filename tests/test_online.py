@@ -538,6 +538,27 @@ def test_an_environment_of_several_turns(settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_episodes_that_fail_cost_an_evaluation_but_not_the_run(settings, tmp_path, capsys):
+    """All held-out ones fail: said, and not ranked by. All of a batch to train on fail: nothing is learned for ever."""
+
+    def reset(row, seed):
+        if row["prompt"] == "ill":
+            raise RuntimeError("no such room")
+        return 0, row["prompt"]
+
+    rooms = Environment(reset, lambda state, text, ids: (state, Turn(None, float(ids.sum() % 7), done=True)), 1)
+    ill = str(data.write_jsonl(tmp_path / "ill.jsonl", [{"prompt": "ill"}] * 2))
+    common = settings(tmp_path, reward=None, eval_data=ill, steps=2, group=2, environment=rooms, best="eval/reward")
+    assert online.run(presets.rloo(**common)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 episodes failed; number 0: reset: RuntimeError: no such room" in said
+    assert said.count("none of the 2 held-out prompts has a reward") == 2
+    assert all("eval/reward" not in row for row in metrics_of(tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"8 of 8 episodes failed; number 0: .*no such room.*Its row: .*'ill'"):
+        online.run(presets.rloo(**common | {"data": ill, "name": "all", "checks": False}))
+
+
+@pytest.mark.slow
 def test_copies_of_an_episode_learn_alike_from_a_shared_prompt(settings, tmp_path):
     """The first update, of two episodes in two copies each, with their prompts computed once and twice."""
 

@@ -199,9 +199,17 @@ def test_settings_that_cannot_work_are_refused(kind, changes, message):
         check(run)
 
 
-def test_a_greedy_baseline_needs_prompts():
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        advantages.greedy_baseline,
+        functools.partial(advantages.greedy_baseline),
+        lambda rewards, greedy: rewards - greedy[:, None],
+    ],
+)
+def test_a_greedy_baseline_needs_prompts(advantage):
     with pytest.raises(ValueError, match="an environment has no greedy completions"):
-        settings.check(made("remax", reward=None, environment=number_guessing()))
+        settings.check(made("remax", reward=None, environment=number_guessing(), advantage=advantage))
 
 
 def test_one_prompt_may_be_cut_into_microbatches_of_its_completions():

@@ -12,9 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rljax import rewards
 from rljax.data import Row
-from rljax.data.rows import shown
 from rljax.environments import actions, transcripts
 from rljax.environments.actions import Action
 from rljax.environments.calls import Failure, call_all
@@ -77,7 +75,7 @@ def play(
       another token. It is `finished` if the environment said done and the last action ended in a stop token.
     A reset or step that raises, takes too long or answers nonsense ends its own episode. Such a failed episode keeps
       its tokens to look at, and its earlier rewards, but nothing of it is trained: without its end its value is
-      unknown. If all episodes of the batch fail, that is a RewardError.
+      unknown. `failures` says of each why it failed.
     """
     return play_against(
         (policy,),
@@ -147,11 +145,6 @@ def play_against(
             mesh=mesh,
         )
         episodes = _answered(game, episodes, player, written, limits, policies[player].tokenizer, call)
-    if not actions.most(mesh, any(episode.failure is None for episode in episodes) or not episodes)[0]:
-        raise rewards.RewardError(
-            f"all {len(episodes)} episodes failed, the first of them so: {episodes[0].failure}. Its row: "
-            f"{shown(rows[0], 200)}"
-        )
     return tuple(_collect(episodes, player, policies[player], limits) for player in range(game.players))
 
 
