@@ -212,21 +212,24 @@ EXPECTED = {  # bytes that a device sends
 }
 
 
-@pytest.mark.parametrize("name", ["here", "v5e:2x4"])
+@pytest.mark.parametrize("name", ["here", "v5e:2x4", "tpu7x:2x2x1", "2xv5e:2x2"])
 def test_collectives_and_their_axes(name):
+    """On tpu7x they run on cores of their own, and between slices they are transfers through the host."""
     machine = topologies.machine(None) if name == "here" else slice_of(name)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=machine.devices[:8])
     everywhere = P(("data", "fsdp", "tensor"))
     mapped = jax.shard_map(by_hand, mesh=mesh, in_specs=everywhere, out_specs=everywhere)
     x = jax.ShapeDtypeStruct((8 * 128, 128), F32, sharding=NamedSharding(mesh, everywhere))
-    text = jax.jit(mapped).lower(x).compile().as_text()
-    found = estimate.exchanges(costs.count(hlo.parse(text)).collectives, mesh, machine.chip)
+    module = hlo.parse(jax.jit(mapped).lower(x).compile().as_text())
+    assert costs.uncounted(module) == ()
+    found = estimate.exchanges(costs.count(module).collectives, mesh, machine.chip)
     sent = {(one.kind, one.axes): one.bytes for one in found}
     if name != "here" and ("reduce-scatter", "fsdp") not in sent:  # TPUs may add up everywhere and then slice
         assert sent.pop(("all-reduce", "fsdp")) == 2 * EXPECTED["reduce-scatter", "fsdp"]
         sent["reduce-scatter", "fsdp"] = EXPECTED["reduce-scatter", "fsdp"]
     assert sent == EXPECTED
     assert all(one.count == 1 for one in found)
+    assert [one.axes for one in found if one.dcn] == (["data"] if name == "2xv5e:2x2" else [])
 
 
 def reduced(machine, **sizes):

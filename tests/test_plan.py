@@ -380,6 +380,7 @@ def test_slices_lie_along_data():
         ("v5e:0x4", None, "of one chip or more"),
         ("v5e:9x9", None, "knows no slice v5e:9x9"),
         ("2xv5e:4x4", 3, "has 2 slices and slices=3"),
+        ("v5e:4x4", 0, "slices=0 must be at least 1"),
         (None, 2, "are of a topology: name one"),
     ],
 )

@@ -21,6 +21,14 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+# How a TPU says what goes from slice to slice: a transfer through the host, started by a `send` (MegaScale).
+BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 # No traffic of their own: names for what is there, what happens in a computation of its own, the ends of what began.
 FREE = {
     "parameter",
@@ -75,6 +83,17 @@ def count(module: Module, loops: Mapping[str, float] | None = None) -> Costs:
     return _Counter(module, loops or {}).of(module.entry)
 
 
+def uncounted(module: Module) -> tuple[str, ...]:
+    """Computations that exchange data and that no instruction known here calls: `count` does not have them."""
+    counter = _Counter(module, {})
+    counter.of(module.entry)
+
+    def exchanges(computation: Computation) -> bool:
+        return any(one.opcode.removesuffix("-start") in COLLECTIVES for one in computation.values())
+
+    return tuple(n for n, found in module.computations.items() if n not in counter.known and exchanges(found))
+
+
 def parameter_bytes(module: Module) -> int:
     """What the arguments take without the padding of layouts."""
     entry = module.computations[module.entry].values()
@@ -113,6 +132,9 @@ class _Counter:
             made = Collective(kind, sum(shape.bytes for shape in sizes), one.attributes, one.scope)
             return Costs(bytes=_traffic(one, computation, self.module), collectives=((made, 1.0),))
         match one.opcode:
+            case "send" if (transfer := between_slices(one.attributes)) is not None:
+                made = Collective(transfer, one.shapes[0].bytes, one.attributes, one.scope)
+                return Costs(bytes=_traffic(one, computation, self.module), collectives=((made, 1.0),))
             case "while":
                 return self._of_loop(one, computation)
             case "fusion":
@@ -123,7 +145,7 @@ class _Counter:
                 names = re.findall(r"[\w.\-]+", branches[1]) if branches else []
                 names += [n for key in ("true_computation", "false_computation") if (n := one.called(key))]
                 return max((self.of(name) for name in names), key=lambda cost: (cost.flops, cost.bytes))
-            case "call" | "async-start":
+            case "call" | "call-start" | "async-start":  # some chips have cores of their own for collectives
                 called = one.called("to_apply") or one.called("calls")
                 return self.of(called) if called else Costs()
         return Costs(flops=_flops(one, computation), bytes=_traffic(one, computation, self.module))
@@ -246,6 +268,12 @@ def _unchanged(body: Computation, place: int) -> bool:
         and place < len(root.operands)
         and _element(_resolve(root.operands[place], body)) == place
     )
+
+
+def between_slices(attributes: str) -> str | None:
+    """The kind of collective that a transfer between slices belongs to; None for anything else."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    return BETWEEN_SLICES.get(found[1], "all-to-all") if found else None
 
 
 def _channel(one: Collective) -> str | None:

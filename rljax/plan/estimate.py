@@ -43,6 +43,7 @@ class Block(NamedTuple):
     exchange: tuple[Exchange, ...] = ()
     seconds: dict[str, float | None] = {}  # noqa: RUF012 - at best, by resource; None where the figure is not known
     unknown: tuple[str, ...] = ()  # loops counted as one round
+    uncounted: tuple[str, ...] = ()  # computations whose exchange is not counted
     refused: str = ""  # why the compiler made nothing of it
 
     @property
@@ -145,6 +146,7 @@ def block(one: Program, made: Programs, mesh: Mesh, chip: Chip) -> Block:
         exchange=exchange,
         seconds=_seconds(cost, exchange, chip),
         unknown=tuple(dict.fromkeys(cost.unknown)),
+        uncounted=costs.uncounted(module),
     )
 
 
@@ -203,7 +205,7 @@ def exchanges(found: tuple[tuple[Collective, float], ...], mesh: Mesh, chip: Chi
     """Collectives by kind and axes, the largest first."""
     total: dict[tuple[str, str], Exchange] = {}
     for one, count in found:
-        groups = hlo.groups(one.attributes, mesh.size)
+        groups = groups_of(one, mesh)
         ici, dcn, axes = sent(one, groups, mesh)
         if ici == dcn == 0:
             continue
@@ -219,6 +221,19 @@ def exchanges(found: tuple[tuple[Collective, float], ...], mesh: Mesh, chip: Chi
             _plus(old.dcn, far),
         )
     return tuple(sorted(total.values(), key=lambda one: -one.bytes))
+
+
+def groups_of(one: Collective, mesh: Mesh) -> np.ndarray:
+    """i64[groups size]: the devices, by their place in the mesh, that exchange data. Between slices: those that have
+    the same place in each, since slices lie along the first axis of the mesh.
+    """
+    if costs.between_slices(one.attributes) is None:
+        return hlo.groups(one.attributes, mesh.size)
+    slices = len({device.slice_index for device in mesh.devices.flat})
+    places = np.arange(mesh.size).reshape(slices, -1)
+    if one.kind == "collective-permute":
+        return np.stack([places, np.roll(places, -1, axis=0)], axis=-1).reshape(-1, 2)
+    return places.T
 
 
 def _plus(a: float | None, b: float | None) -> float | None:

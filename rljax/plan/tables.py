@@ -61,6 +61,8 @@ def _show_block(block: Block, console: Console) -> None:
     say(f"{bound}{f' ({parts})' if parts else ''}")
     for scope in block.unknown:
         say(f"note: a loop whose rounds data decide is counted once: {scope}")
+    if block.uncounted:
+        say(f"note: exchange is missing above, that of {', '.join(block.uncounted)}: rljax does not know what calls it")
 
 
 def verdict(block: Block) -> str:

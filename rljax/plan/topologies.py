@@ -83,6 +83,8 @@ def machine(topology: str | None, slices: int | None = None) -> Machine:
     count, generation, shape = _parse(topology)
     if slices is not None and count not in (1, slices):
         raise ValueError(f"the topology {topology!r} has {count} slices and slices={slices}: give one of the two")
+    if slices is not None and slices < 1:
+        raise ValueError(f"slices={slices} must be at least 1")
     count = max(count, slices or 1)
     name = f"{generation}:{'x'.join(map(str, shape))}"
     return Machine(f"{count}x{name}" if count > 1 else name, _devices(generation, shape, count), CHIPS[generation])
