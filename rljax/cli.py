@@ -368,7 +368,9 @@ def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") 
 
 
 def _keyword_options(name: str, function: Callable[..., Any]) -> Any:
-    """A dataclass value of the parameters with a default that fits on a command line, or None where there are none."""
+    """A dataclass value of the parameters that fit on a command line, or None where there are none: those with a
+    default that does, and keywords that have to be given, which are None until they are; a reward's are data.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -376,9 +378,12 @@ def _keyword_options(name: str, function: Callable[..., Any]) -> Any:
     hints = _hints(function)
     fields = []
     for parameter in parameters:
-        kind = _option_type(hints.get(parameter.name), parameter.default)
+        empty = parameter.default is inspect.Parameter.empty
+        asked = empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "reward"
+        default = None if asked else parameter.default
+        kind = _option_type(hints.get(parameter.name), default)
         if kind is not None:
-            fields.append((parameter.name, kind, dataclasses.field(default=parameter.default)))
+            fields.append((parameter.name, kind | None if asked else kind, dataclasses.field(default=default)))
     return dataclasses.make_dataclass(name, fields, kw_only=True, frozen=True)() if fields else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, hosts, models, policy, sharding, tracking, train
+from rljax import data, hosts, models, policy, sharding, traces, tracking, train
 from rljax.manifest import read_json, write_json
 from rljax.types import Mean, TrainState
 
@@ -96,6 +97,31 @@ def check_settings(run: Run) -> None:
         raise ValueError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
     if run.attention not in ("auto", "xla", "splash", "cudnn"):
         raise ValueError(f"attention must be 'auto', 'xla', 'splash' or 'cudnn', got {run.attention!r}")
+    if run.profile and run.steps <= traces.SETTLED:
+        raise ValueError(
+            f"profile={run.profile} traces steps after the first {traces.SETTLED}, in which a run settles, and there "
+            f"are only steps={run.steps}: take more"
+        )
+    for field in dataclasses.fields(run):
+        if field.name != "reward":  # the data's fields fill a reward's keywords
+            _check_filled(field.name, getattr(run, field.name))
+
+
+def _check_filled(name: str, function: Any) -> None:
+    """Raise ValueError for a function with keywords that nothing fills."""
+    try:
+        parameters = inspect.signature(function).parameters.values() if callable(function) else ()
+    except (TypeError, ValueError):  # some builtins have no signature
+        return
+    missing = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+    if missing:
+        called = getattr(function, "__name__", "the function")
+        options = " ".join(f"--{name}.{key.replace('_', '-')} …" for key in missing)
+        keywords = ", ".join(f"{key}=…" for key in missing)
+        raise ValueError(
+            f"{name}={called} needs {', '.join(missing)}: say {options}, "
+            f"or {name}=functools.partial({called}, {keywords})"
+        )
 
 
 def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 
-from rljax import cli, losses, offline, program, sharding
+from rljax import cli, losses, offline, presets, program, sharding
 
 DPO = offline.Preference(model="m", data="d.jsonl", loss=functools.partial(losses.dpo_loss, beta=0.1))
 
@@ -45,6 +45,24 @@ def test_a_whole_number_default_may_become_a_fraction_and_zero_stays_zero():
     assert cli.with_options(DPO, ["--learning_rate", "0.0", "--clip_norm", "None"]).learning_rate == 0.0
 
 
+def test_a_keyword_without_a_default_is_an_option_that_has_to_be_given(capsys):
+    bare = dataclasses.replace(DPO, loss=losses.dpo_loss)
+    assert cli.with_options(bare, ["--loss.beta", "0.3"]).loss.keywords == {"beta": 0.3}
+    assert cli.with_options(bare, []).loss is losses.dpo_loss
+    with pytest.raises(ValueError, match=r"loss=dpo_loss needs beta: say --loss\.beta …, or loss=functools\.partial"):
+        program.check_settings(bare)
+
+    def reward(prompts, completions, *, answer: str):
+        return [float(answer in text) for text in completions]
+
+    judged = presets.grpo(model="none", data="none.jsonl", reward=reward)
+    assert cli.with_options(judged, []).reward is reward  # the data gives the answers
+    program.check_settings(judged)
+    with pytest.raises(SystemExit):
+        cli.with_options(judged, ["--reward.answer", "4"])
+    assert "reward.answer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--stepz", "--loss.betta", "--loss.delta", "--optimizer.beta2"])
 def test_unknown_options_are_errors(option, capsys):
     with pytest.raises(SystemExit) as error:
@@ -57,6 +75,7 @@ def test_unknown_options_are_errors(option, capsys):
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 2, "profile": 1}, "profile=1 traces steps after the first 2"),
         ({"batch": 6, "microbatches": 4}, "cannot be cut into microbatches=4"),
         ({"best_mode": "up"}, "best_mode must be"),
         ({"patience": 3}, "patience needs to know"),

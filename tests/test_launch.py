@@ -431,6 +431,7 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(cloud):
         (["create.sh", "--type", "t"], "RUNTIME_VERSION is missing: say --runtime-version"),
         (["create.sh", *OPTIONS, "--reserved"], "either --spot or --reserved"),
         (["create.sh", *OPTIONS, "--node-count", "many"], "NODE_COUNT=many is not a number of slices"),
+        (["watch.sh", *OPTIONS, "--every", "soon", "run.py"], "EVERY=soon is not a number of seconds"),
         (["create.sh", "--bogus"], "there is no option --bogus; create.sh --help lists them"),
         (["create.sh", "--name"], "--name needs a value"),
         (["delete.sh", "--name", ""], "NAME is missing: say --name my-slice or set NAME"),

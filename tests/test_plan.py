@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jax.experimental import topologies as jax_topologies
 from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sampling, sharding, tracking
 from rljax import plan as planning
 from rljax.models import unstack
-from rljax.plan import costs, estimate, hlo, programs, topologies
+from rljax.plan import costs, estimate, hlo, meshes, programs, topologies
 
 ROOT = pathlib.Path(__file__).parent.parent
 LLAMA_3_8B = {  # as published
@@ -431,6 +432,23 @@ def test_a_search_ranks_what_fits(tmp_path, capsys):
     assert all(np.prod(list(plan["mesh"].values())) == 4 for plan in plans)
     assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "1"]) == 0
     assert re.search(r"--mesh\.fsdp \d+ .* update: \w+ .* fits", capsys.readouterr().out)
+
+
+def test_a_search_tries_meshes_before_microbatches():
+    def guess(fsdp, microbatches, seconds, needed=1.0):
+        run = SimpleNamespace(mesh=functools.partial(sharding.make_mesh, fsdp=fsdp), microbatches=microbatches)
+        return meshes.Guess(run, needed, seconds)
+
+    large = guess(2, 1, 0.5, 1e15)  # does not fit
+    good = [guess(1, 2, 1.0), guess(4, 1, 2.0), guess(1, 1, 1.0), large, guess(2, 2, 3.0)]
+    found = meshes._in_order(good, topologies.CHIPS["v5e"])
+    assert [(one.run.mesh.keywords["fsdp"], one.run.microbatches) for one in found] == [
+        (1, 2),
+        (4, 1),
+        (2, 2),
+        (1, 1),
+        (2, 1),
+    ]
 
 
 def test_a_search_drops_what_cannot_be(tmp_path):

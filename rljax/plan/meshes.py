@@ -53,13 +53,25 @@ def search(run: Any, machine: Machine, *, tries: int, say: Callable[[str], None]
     if not good:
         why = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
         raise ValueError(f"no mesh of {len(machine.devices)} devices is valid for this experiment: {why}")
-    good.sort(key=lambda one: (one.needed > machine.chip.memory, one.seconds))
     plans = []
-    for number, one in enumerate(good[:tries]):
+    for number, one in enumerate(_in_order(good, machine.chip)[:tries]):
         say(f"{number + 1} of {min(tries, len(good))}: about {one.needed / 2**30:.1f} GiB by arithmetic")
         plans.append(plan(one.run, machine, say))
     plans.sort(key=_order)
     return Found(plans, len(good), dropped)
+
+
+def _in_order(good: list[Guess], chip: Chip) -> list[Guess]:
+    """The most promising first, and every mesh once before one comes again with other microbatches."""
+    good = sorted(good, key=lambda one: (one.needed > chip.memory, one.seconds))
+    seen: dict[tuple[int, ...], int] = {}
+    turns = []
+    for one in good:
+        mesh = tuple(one.run.mesh.keywords.values())
+        turns.append(seen.setdefault(mesh, 0))
+        seen[mesh] += 1
+    order = sorted(range(len(good)), key=lambda i: (good[i].needed > chip.memory, turns[i]))
+    return [good[i] for i in order]
 
 
 def _order(one: Plan) -> tuple[bool, float, float]:
