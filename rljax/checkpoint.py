@@ -87,10 +87,10 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.close()
-        except Exception:
+        except Exception as error:
             if kind is None:
                 raise
-            log.exception("The last checkpoint was not written, and the run had already failed for another reason.")
+            log.error("The last checkpoint was not written; the run had failed before, for another reason: %s", error)
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
         """Start to write `state` (a pytree of jax arrays, which may be donated afterwards) as checkpoint `step`.

@@ -110,7 +110,7 @@ def pipeline(stories, shared, out, *options: str) -> subprocess.CompletedProcess
     """The command as a user types it, on one device."""
     command = [sys.executable, "-m", "rljax", "run", str(EXPERIMENTS / "rlhf_sentiment.py"), "--model", str(stories)]
     command += ["--data", str(shared / "data" / "sentence_polarity" / "sentences.jsonl"), "--out", str(out)]
-    command += ["--steps-sft", "2", "--steps-rm", "2", "--steps-ppo", "2", "--openings", "16", "--batch", "8", *options]
+    command += ["--steps-sft", "2", "--steps-rm", "2", "--steps-ppo", "2", "--openings", "32", "--batch", "8", *options]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
@@ -160,13 +160,13 @@ def test_the_pipeline_says_which_data_it_needs(tmp_path):
 
 def test_the_pipeline_keeps_its_prompts_apart(shared, tmp_path):
     load("rlhf_sentiment").write_data(
-        str(shared / "data" / "sentence_polarity" / "sentences.jsonl"), tmp_path, openings=16, seed=0
+        str(shared / "data" / "sentence_polarity" / "sentences.jsonl"), tmp_path, openings=32, seed=0
     )
     texts, prompts, held_out = (
         [next(iter(row.values())) for row in data.read(tmp_path / f"{name}.jsonl")]
         for name in ("sentences", "prompts", "held_out")
     )
-    assert (len(prompts), len(held_out)) == (16, 8)
+    assert (len(prompts), len(held_out)) == (32, 8)
     assert len(texts) > 1000
     assert all(len(prompt.split()) == 4 for prompt in prompts + held_out)
     assert all(8 <= len(text.split()) <= 16 for text in texts)
