@@ -257,6 +257,8 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
     now = setup.start._replace(params=initial)
     checks = [selfchecks.learning_rate(setup.schedule, run.steps * run.epochs * run.minibatches)]
     checks.append(selfchecks.memory(setup.memory))
+    if (decay := getattr(run, "ema", None)) is not None:
+        checks.append(selfchecks.moving_average(decay, run.steps))
     with tracker.phase("checking a first rollout"):
         rollout = _first_rollout(run, setup)
         alone = run.environment is None

@@ -101,6 +101,14 @@ def test_learning_rate():
         assert ("goes on after the run" in check.said) is said
 
 
+def test_how_far_a_moving_average_follows_is_said():
+    short, long = selfchecks.moving_average(0.992, 24), selfchecks.moving_average(0.992, 500)
+    assert "at the end 82% initial ones: it hardly follows so short a run" in short.said  # 0.992²⁴ = 0.8247
+    assert long.said.endswith("at the end 2% initial ones")
+    assert short.passed
+    assert long.passed
+
+
 @pytest.mark.parametrize(("needed", "passed"), [(2**20, True), (2**60, False)])
 def test_memory(needed, passed):
     class Analysis:
