@@ -4,19 +4,21 @@
     rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
 
 Needs `pip install "rljax[gguf,metrics]"`; the model is fetched once (93 MB). The sentences of the figures below are the
-10,662 of Pang and Lee (2005). Half a CPU core: 48 minutes with the defaults (60, 60 and 24 steps). Expected: a reward
-model well above chance, and a policy that it likes better at a KL of a few nats, with the gold reward, VADER's
-sentiment, following some of the way. Measured on held-out pairs and prompts, before → after:
+10,662 of Pang and Lee (2005). About 50 minutes on two CPU cores with the defaults, half of them PPO's (its iterations
+took 32 s, the other steps are reckoned from theirs). Expected: a reward model well above chance, and a policy that it
+likes better at a KL of a few nats, with the gold reward, VADER's sentiment, following. Measured with seed 0 on 639
+held-out pairs and 128 held-out prompts (standard error of a mean about 0.04), by iterations of PPO:
 
-    --seed                                 0                1                 2
-    accuracy of the reward model           0.49 → 0.67      0.51 → 0.69       0.50 → 0.63
-    reward model's score of the policy     −0.08 → 0.29     −0.04 → −0.17     0.15 → 0.87
-    gold reward of the policy              0.24 → 0.26      0.17 → 0.11       0.20 → 0.19
-    KL(policy ‖ SFT model), nats           1.1              0.7               3.7
+    iteration                              0        15       30       45
+    gold reward of the policy              0.20     0.33     0.43     0.67
+    reward model's score of the policy     −0.13    0.31     0.84     1.40
+    KL(policy ‖ SFT model), nats           0.0      0.8      3.8      6.4
 
-With a reward model of this accuracy and so few steps PPO raises what it is paid for with two seeds of three, and the
-gold reward has hardly moved (64 prompts, standard error of a mean about 0.05). The defaults show the steps and their
-hand-over, not a success; `--steps-rm`, `--openings` and `--steps-ppo` are for that.
+    pairs that the reward model has seen   0        400      800      1,200    1,600
+    accuracy of the reward model           0.51     0.62     0.65     0.63     0.66
+
+Other seeds have not been run with these settings. With 128 openings, 60 and 24 steps, and the moving average of the
+weights that the preset has, evaluated, the gold reward did not move with any of three seeds.
 """
 
 import functools
@@ -201,7 +203,7 @@ def main(
     seed: int = 0,
     steps_sft: int = 60,
     steps_rm: int = 200,
-    steps_ppo: int = 60,
+    steps_ppo: int = 45,
     openings: int = 512,
     batch: int = 32,
 ) -> int:
