@@ -217,9 +217,7 @@ def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
 def moving_average(decay: float, iterations: int) -> Check:
     """How much of what is evaluated and exported is still the initial policy when the run ends: decay^iterations."""
     left = decay**iterations
-    said = (
-        f"evaluated and exported is an average of the weights (ema={decay}), at the end {left:.0%} initial ones"
-    )
+    said = f"evaluated and exported is an average of the weights (ema={decay}), at the end {left:.0%} initial ones"
     if left > 0.5:
         said += ": it hardly follows so short a run, --ema None takes the policy itself"
     return Check(True, said)
