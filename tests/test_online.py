@@ -237,7 +237,8 @@ def test_selfcheck_says_what_it_found(finished, tmp_path, capsys):
     before = metrics_of(run)
     assert online.selfcheck(dataclasses.replace(experiment, out=str(tmp_path), temperature=0.7)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("✓") == 8
+    assert said.count("✓") == 9
+    assert "an average of the weights (ema=0.9), at the end 66% initial ones" in said  # 0.9⁴
     assert "KL of a first rollout 0, ratios 1 to 1" in said
     assert "learning rate over 16 updates" in said
     assert "⟦" in said
