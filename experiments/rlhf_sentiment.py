@@ -17,8 +17,10 @@ held-out pairs and 128 held-out prompts (standard error of a mean about 0.04), b
     pairs that the reward model has seen   0        400      800      1,200    1,600
     accuracy of the reward model           0.51     0.62     0.65     0.63     0.66
 
-Other seeds have not been run with these settings. With 128 openings, 60 and 24 steps, and the moving average of the
-weights that the preset has, evaluated, the gold reward did not move with any of three seeds.
+That run had 256 openings held out, these 128 among them, where the file now holds out 128: its prompts to train on were
+others than those of a fresh run. Other seeds have not been run with these settings. With 128 openings, 60 and 24 steps,
+and the moving average of the weights that the preset has, evaluated, the gold reward did not move with any of three
+seeds.
 """
 
 import functools
