@@ -6,8 +6,8 @@ One JSON line per library and figure and one per ratio, printed and kept in `res
 at the end a table of them. A ratio is our time over theirs (below 1 where ours is faster): the median over rounds that
 were neighbours in time, the best of each, and processor time. What each side does for a figure, and where the sides
 differ, stands in `offline.py` (dpo: `dpo+ref`), `online.py`, `trl_worker.py` and `tunix_worker.py`. Ours runs with the
-defaults of its programs, the others without rematerialisation: `--remat none --unroll 0` has ours keep everything too,
-in a program without a loop over layers, which is faster where the model is shallow.
+defaults of its programs, the others without rematerialisation: `--remat none --unroll all` has ours keep everything
+too, in a program without a loop over layers.
 
 A library may be left out. One that ends early (too little memory, say) gets a line with its error, and the others go
 on. `--peer-python` adds another rljax: one with another jax, or another version.
@@ -45,7 +45,7 @@ def commands(shape: str, figure: str, options: argparse.Namespace) -> dict[str, 
     case = ["--shape", shape, "--scale", str(options.scale)]
     rljax = ["offline.py", *case, "--update", "dpo+ref"] if figure == "dpo" else ["online.py", *case]
     rljax = [*rljax, *([] if figure == "dpo" else ["--figure", figure])]
-    rljax = [*rljax, "--remat", options.remat, "--unroll", str(options.unroll), "--worker"]
+    rljax = [*rljax, "--remat", options.remat, "--unroll", options.unroll, "--worker"]
     peers = {"peer": (options.peer_python, rljax)}
     for name in ("trl", "tunix"):
         peers[name] = getattr(options, f"{name}_python"), [f"{name}_worker.py", *case, "--figure", figure]
@@ -87,7 +87,7 @@ def compare(shape: str, figure: str, options: argparse.Namespace, keep: Callable
     sizes, of, found = sizes_of(shape, options.scale), commands(shape, figure, options), {}
     label = {"shape": shape, "figure": figure, "sizes": sizes._asdict()}
     how = {"cores": options.cores or os.cpu_count(), "malloc": options.malloc}
-    layers = {"remat": options.remat, "unroll": options.unroll or "all"}  # of ours
+    layers = {"remat": options.remat, "unroll": options.unroll}  # of ours
     workers: dict[str, machine.Worker] = {}
 
     def numbers(worker: machine.Worker) -> Found:

@@ -270,7 +270,12 @@ def add_malloc(parser: argparse.ArgumentParser) -> None:
 def add_layers(parser: argparse.ArgumentParser) -> None:
     """How our models are computed; left out: as programs do it."""
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="dots")
-    parser.add_argument("--unroll", type=int, default=1, help="layers per step of the scan over layers; 0: all")
+    parser.add_argument("--unroll", default="auto", help="layers per step of the scan over them: auto, all, or N")
+
+
+def layers_at_once(unroll: str, layers: int) -> int | None:
+    """What `--unroll` means for a model of so many layers, as `ModelConfig.unroll` has it."""
+    return {"auto": None, "all": layers}[unroll] if unroll in ("auto", "all") else int(unroll)
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def prepare(options: argparse.Namespace) -> Case:
 
     shape = SHAPES[options.shape]
     how = {"compute_dtype": machine.jax_dtype(options.dtype), "remat": options.remat}
-    how["unroll"] = options.unroll or shape["num_layers"]
+    how["unroll"] = machine.layers_at_once(options.unroll, shape["num_layers"])
     config = models.ModelConfig(**shape, max_positions=2048, **how)
     policy = models.build(config)
     # The optimizer of our programs (program.Run) and of TRL: clipped AdamW.
@@ -180,10 +180,10 @@ def figures(shape: str, update: str, pairs: int, worker: machine.Worker) -> dict
 def measure(options: argparse.Namespace, update: str, dtype: str) -> None:
     """Print the figure of one case."""
     pairs = options.pairs or sizes_of(options.shape, options.scale).pairs
-    settings = {"remat": options.remat, "unroll": options.unroll or "all", "share_prompts": options.share_prompts}
+    settings = {"remat": options.remat, "unroll": options.unroll, "share_prompts": options.share_prompts}
     case = ["--shape", options.shape, "--pairs", str(pairs), "--update", update, "--dtype", dtype]
     share = "--share-prompts" if options.share_prompts else "--no-share-prompts"
-    how = [share, "--remat", options.remat, "--unroll", str(options.unroll), "--worker"]
+    how = [share, "--remat", options.remat, "--unroll", options.unroll, "--worker"]
     env = machine.MALLOC[options.malloc]
     with machine.worker([sys.executable, __file__, *case, *how], options.cores, env) as ours:
         machine.take_turns([ours], options.rounds)

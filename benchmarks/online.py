@@ -99,8 +99,8 @@ def prepare(options: argparse.Namespace) -> Case:
     from rljax import groups, iteration, methods, models, program, rewards, settings
 
     sizes, shape = sizes_of(options.shape, options.scale), SHAPES[options.shape]
-    how = {"compute_dtype": machine.jax_dtype(), "remat": options.remat, "unroll": options.unroll}
-    how["unroll"] = options.unroll or shape["num_layers"]
+    how = {"compute_dtype": machine.jax_dtype(), "remat": options.remat}
+    how["unroll"] = machine.layers_at_once(options.unroll, shape["num_layers"])
     policy = models.build(models.ModelConfig(**shape, max_positions=2048, **how))
     dtype = machine.jax_dtype() if options.figure == "generate" else "float32"
     params = jax.jit(lambda key: jax.tree.map(lambda x: x.astype(dtype), policy.init(key)))(jax.random.key(0))
@@ -332,8 +332,8 @@ def measure(options: argparse.Namespace, figure: str) -> None:
     """Print one figure."""
     sizes = sizes_of(options.shape, options.scale)
     case = ["--shape", options.shape, "--scale", str(options.scale), "--figure", figure, "--reward", options.reward]
-    how = ["--remat", options.remat, "--unroll", str(options.unroll), "--warm-up", str(options.warm_up), "--worker"]
-    settings = {"remat": options.remat, "unroll": options.unroll or "all", "reward": options.reward}
+    how = ["--remat", options.remat, "--unroll", options.unroll, "--warm-up", str(options.warm_up), "--worker"]
+    settings = {"remat": options.remat, "unroll": options.unroll, "reward": options.reward}
     env = machine.MALLOC[options.malloc]
     with machine.worker([sys.executable, __file__, *case, *how], options.cores, env) as ours:
         machine.take_turns([ours], options.rounds)

@@ -114,7 +114,7 @@ def test_compare_takes_turns_with_a_peer_and_goes_on_without_one_that_cannot_sta
     """The peer is a second copy of ours; the interpreter given for tunix has none."""
     command = [sys.executable, FOLDER / "compare.py", "--shape", "toy", "--figure", "dpo", "generate", "--rounds", "2"]
     others = ["--peer-python", sys.executable, "--tunix-python", sys.executable, "--results", tmp_path]
-    others += ["--remat", "none", "--unroll", "0"]
+    others += ["--remat", "none", "--unroll", "all"]
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
     done = subprocess.run([*command, *others], env=env, capture_output=True, text=True, timeout=600, check=True)
     assert "No module named 'tunix'" in done.stderr
@@ -176,10 +176,10 @@ def test_how_layers_are_computed_is_asked_of_ours_alone(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import compare
 
-    asked = argparse.Namespace(scale=1, peer_python="p", trl_python="t", tunix_python="u", remat="none", unroll=0)
+    asked = argparse.Namespace(scale=1, peer_python="p", trl_python="t", tunix_python="u", remat="none", unroll="all")
     for figure in ("dpo", "generate", "ppo-update"):
         of = compare.commands("toy", figure, asked)
-        has = {name: " ".join(command).endswith("--remat none --unroll 0 --worker") for name, command in of.items()}
+        has = {name: " ".join(command).endswith("--remat none --unroll all --worker") for name, command in of.items()}
         assert has == {"rljax": True, "peer": True, "trl": False, "tunix": False}
 
 

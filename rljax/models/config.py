@@ -74,7 +74,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of rows without a cache: see `models.kernels`
     remat: Literal["none", "dots", "full"] = "none"
-    unroll: int = 1  # layers per step of the scan; num_layers removes the loop
+    unroll: int | None = None  # layers per step of the scan; num_layers removes the loop; None: see `layers_at_once`
 
     # where it came from: config.json as read, so that saving gives it back
     source: str = ""

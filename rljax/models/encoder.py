@@ -88,7 +88,6 @@ def block_config(config: EncoderConfig) -> ModelConfig:
         norm_eps=c.norm_eps,
         activation=c.activation,
         compute_dtype=c.compute_dtype,
-        unroll=c.unroll,
     )
 
 
@@ -130,7 +129,7 @@ class Layers(nn.Module):
             split_rngs={"params": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
-            unroll=c.unroll,
+            unroll=self.config.unroll,
         )
         x, _ = layers(c, name="layers")(x, context)
         return x

@@ -43,8 +43,7 @@ def choose(config: ModelConfig, queries: int, keys: int) -> str:
 
 def blocks(queries: int) -> int:
     """Into how many blocks XLA's attention cuts the queries of a row: more save less and less, and each is compiled."""
-    smallest = 32 if platform() == "cpu" else 128
-    return 1 if ways_here(("context",)) > 1 else min(max(queries // smallest, 1), 4)
+    return 1 if ways_here(("context",)) > 1 else min(max(queries // BLOCK, 1), 4)
 
 
 def objection(kernel: str, config: ModelConfig, queries: int, keys: int) -> str | None:

@@ -35,6 +35,7 @@ ACTIVATIONS = {
 }
 REMAT = {"dots": kernels.keep(RESULT), "full": None}
 INIT_STD = 0.02
+SHALLOW = 8  # layers
 
 
 class Context(NamedTuple):
@@ -219,7 +220,8 @@ class Decoder(nn.Module):
             context, positions = look_at_shared(c, segments, layout)
         x = Embed(c, name="embed")(jnp.where(segments > 0, ids, 0), positions)
 
-        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=c.unroll > 1)
+        unroll = layers_at_once(c)
+        block = Block if c.remat == "none" else nn.remat(Block, policy=REMAT[c.remat], prevent_cse=unroll > 1)
         if cache is None:
             layers = nn.scan(
                 block,
@@ -227,7 +229,7 @@ class Decoder(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.num_layers,
-                unroll=c.unroll,
+                unroll=unroll,
             )
             x, _ = layers(c, name="layers")(x, jax.tree.map(jnp.asarray, kinds(c)), context)
         else:
@@ -316,6 +318,15 @@ def kinds(config: ModelConfig) -> Kind:
     return Kind(window=np.array(window, np.int32), rope=np.array(config.rope_of_layer or zeros, np.int32))
 
 
+def layers_at_once(config: ModelConfig) -> int:
+    """Layers per step of the scan. A shallow model needs no loop: what it keeps for the backward pass is then not
+    stacked, which takes longer to compile (about 1.3 times on CPUs) and less to run.
+    """
+    if config.unroll is not None:
+        return config.unroll
+    return config.num_layers if config.num_layers <= SHALLOW else 1
+
+
 def split(x: Array) -> Array:
     """The residual stream [b t d] on a mesh: rows and tokens are divided, the hidden size is whole."""
     return constrain(x, ROWS, "context", None)
@@ -366,7 +377,7 @@ def build(config: ModelConfig) -> LanguageModel:
     unembed  (params, hidden [… d]) -> float32 logits [… v]
     """
     check(config)
-    module, blank = Decoder(config), Decoder(dataclasses.replace(config, attention="xla"))
+    module, blank = Decoder(config), Decoder(dataclasses.replace(config, attention="xla", unroll=1))
 
     @jax.jit
     def init(key: Array) -> Params:
@@ -413,5 +424,5 @@ def check(config: ModelConfig) -> None:
             raise ValueError(f"{name} has {len(getattr(c, name))} entries: give one per layer ({layers}) or none")
     if not c.ropes or any(rope not in range(len(c.ropes)) for rope in c.rope_of_layer):
         raise ValueError(f"rope_of_layer={c.rope_of_layer} must index into the {len(c.ropes)} ropes, at least one")
-    if layers % c.unroll:
+    if c.unroll is not None and layers % c.unroll:
         raise ValueError(f"unroll={c.unroll} must divide num_layers={layers}")

@@ -70,7 +70,7 @@ def test_one_block_is_plain_attention():
 
 
 def test_how_many_blocks():
-    assert [kernels.blocks(queries) for queries in (1, 63, 64, 100, 128, 4096)] == [1, 1, 2, 3, 4, 4]
+    assert [kernels.blocks(queries) for queries in (1, 128, 255, 256, 400, 4096)] == [1, 1, 1, 2, 3, 4]
     context = sharding.make_mesh(context=2)
     with jax.set_mesh(context):  # each device has part of the queries: they are not cut again
         assert kernels.blocks(4096) == 1
@@ -78,11 +78,11 @@ def test_how_many_blocks():
 
 @pytest.mark.parametrize("config", [SMALL, GEMMA], ids=["llama", "gemma"])
 def test_a_model_is_the_same_in_blocks_and_saves_work(config, monkeypatch):
-    """Packed rows of 128 tokens: hidden states and gradients."""
+    """Packed rows of 256 tokens: hidden states and gradients."""
     model = build(config)
     params = model.init(jax.random.key(0))
-    ids = jax.random.randint(jax.random.key(1), (2, 128), 0, config.vocab_size)
-    segments = jnp.broadcast_to(1 + (jnp.arange(128) > 70), ids.shape).at[:, -5:].set(0)
+    ids = jax.random.randint(jax.random.key(1), (2, 256), 0, config.vocab_size)
+    segments = jnp.broadcast_to(1 + (jnp.arange(256) > 140), ids.shape).at[:, -5:].set(0)
 
     def measured():
         def loss(params):
