@@ -292,13 +292,14 @@ def test_key_heads_are_repeated_where_the_mesh_splits_more_heads():
 # --- compiled for what is not here ------------------------------------------------------------------------------------
 
 
-def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch):
+@pytest.mark.parametrize(("unroll", "times"), [(1, 1), (None, 2)], ids=["loop", "no loop"])
+def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch, unroll, times):
     """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, which a plan counts."""
     pytest.importorskip("libtpu")
     monkeypatch.setattr(kernels, "LARGEST", 512)
     mesh = sharding.make_mesh(devices=topologies.machine("v5e:2x2").devices, fsdp=4)
     sizes = {"hidden_size": 256, "num_layers": 2, "num_heads": 8, "num_kv_heads": 4, "head_dim": 128}
-    model = build(dataclasses.replace(BF16, **sizes, remat="dots"))
+    model = build(dataclasses.replace(BF16, **sizes, remat="dots", unroll=unroll))
     params = jax.eval_shape(model.init, jax.random.key(0))
     placed = sharding.shardings(params, RULES, mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed)
@@ -313,7 +314,8 @@ def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch):
     module = hlo.parse(text)
     found = [one for part in module.computations.values() for one in part.values() if one.opcode == "custom-call"]
     phases = [re.search("splash_mha_(fwd|dkv|dq)", one.scope) for one in found]
-    assert sorted(phase[1] for phase in phases if phase) == ["dkv", "dq", "fwd"]  # "dots" does not compute it twice
+    expected = sorted(["fwd", "dkv", "dq"] * times)  # "dots" does not compute it twice
+    assert sorted(phase[1] for phase in phases if phase) == expected
     # In blocks of 512, three of four are computed. Two products forward; dkv four, dq three.
     attention = 2 * 2 * (2 + 4 + 3) * (0.75 * 1024**2) * 8 * 128
     others = costs.count(hlo.parse(text.replace("scores_", ""))).flops
