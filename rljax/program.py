@@ -48,7 +48,7 @@ class Run:
     compute_dtype: str | None = None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
     remat: str = "dots"  # none | dots | full: what the backward pass computes again instead of keeping
     attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (NVIDIA): what computes it, see docs/scaling.md
-    unroll: int | None = None  # layers per step of the scan over layers; None: all of up to 8, of a deeper model one
+    unroll: int | None = None  # layers per step of the scan; None: all of up to 8, else (and with remat "full") one
     offload_reference: bool = False  # initial weights wait in host memory and come to the device a layer at a time
     mesh: Callable[..., Mesh] = sharding.make_mesh
 

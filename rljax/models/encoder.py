@@ -240,7 +240,7 @@ def check(config: EncoderConfig) -> None:
     """Raise ValueError for a config that describes no encoder."""
     if config.hidden_size % config.num_heads:
         raise ValueError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
-    if config.num_layers % config.unroll:
+    if config.unroll < 1 or config.num_layers % config.unroll:
         raise ValueError(f"unroll={config.unroll} must divide num_layers={config.num_layers}")
 
 

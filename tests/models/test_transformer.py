@@ -356,16 +356,38 @@ def test_equal_configs_compile_once():
     assert traces == 1
 
 
-@pytest.mark.parametrize(("layers", "unroll", "loops"), [(8, None, 0), (8, 1, 1), (8, 8, 0), (9, None, 1), (9, 9, 0)])
-def test_a_shallow_model_has_no_loop_over_layers(layers, unroll, loops):
-    """Nothing is stacked for the backward pass, which makes the update of six small layers a tenth faster."""
-    model = build(dataclasses.replace(LLAMA, num_layers=layers, unroll=unroll))
+@pytest.mark.parametrize(
+    ("layers", "remat", "unroll", "loops"),
+    [
+        (8, "dots", None, 0),
+        (8, "full", None, 1),
+        (8, "full", 8, 0),
+        (8, "dots", 1, 1),
+        (9, "dots", None, 1),
+        (9, "none", 9, 0),
+    ],
+)
+def test_a_shallow_model_has_no_loop_over_layers(layers, remat, unroll, loops):
+    """Nothing is stacked for the backward pass then."""
+    model = build(dataclasses.replace(LLAMA, num_layers=layers, remat=remat, unroll=unroll))
     params = jax.eval_shape(model.init, jax.random.key(0))
 
     def loss(params):
         return model.apply(params, *PADDED).hidden.sum()
 
     assert jax.jit(loss).lower(params).as_text().count("stablehlo.while") == loops
+
+
+def test_full_rematerialisation_saves_memory_in_a_shallow_model():
+    """Temporaries of a gradient: the layers' inputs are kept, not what is inside."""
+
+    def temporaries(remat):
+        model = build(dataclasses.replace(LLAMA, num_layers=8, remat=remat))
+        params, ids = jax.eval_shape(model.init, jax.random.key(0)), jnp.ones((8, 128), jnp.int32)
+        gradient = jax.grad(lambda params: model.apply(params, ids, ids).hidden.sum())
+        return jax.jit(gradient).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("full") < temporaries("none") / 2
 
 
 @pytest.mark.parametrize(
@@ -376,6 +398,7 @@ def test_a_shallow_model_has_no_loop_over_layers(layers, unroll, loops):
         ({"windows": (1, 2, 3)}, "windows has 3 entries"),
         ({"rope_of_layer": (0, 1)}, "rope_of_layer"),
         ({"unroll": 4}, "unroll=4"),
+        ({"unroll": 0}, "unroll=0"),
     ],
 )
 def test_impossible_configs_say_why(change, words):
