@@ -247,7 +247,8 @@ def _loop(
         better = due and experiment.best is not None and progress.waited == 0
         if done or leaving or better or step % experiment.save_every == 0:
             tracker.flush()
-            checkpoints.save(step, state, progress._asdict(), measured)
+            with tracker.phase():
+                checkpoints.save(step, state, progress._asdict(), measured)
         if done or leaving:
             return
 

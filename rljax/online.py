@@ -160,7 +160,8 @@ def _loop(
 
     def save(step: int, measured: dict[str, float] | None = None) -> None:
         tracker.flush()
-        checkpoints.save(step, _saved(setup, state), progress._asdict(), measured)
+        with tracker.phase():
+            checkpoints.save(step, _saved(setup, state), progress._asdict(), measured)
 
     at = run.steps if progress.done else int(state.learner.iterations)
     while at < run.steps or progress.owed:

@@ -168,15 +168,19 @@ class Tracker:
     @contextlib.contextmanager
     def phase(self, text: str | None = None) -> Iterator[None]:
         """Something that does not count in the throughput (evaluation, compilation, saving); announced with its
-        seconds if it has a text."""
-        if self._pending is not None:
-            jax.block_until_ready(self._pending[1])  # else the phase waits for the step, and takes its seconds away
+        seconds if it has a text. What is logged inside is a part of it, and waited for."""
+        self._settle()  # else the phase waits for the step, and takes its seconds away
         start = self._clock()
         try:
             with contextlib.nullcontext() if text is None else self.line.phase(text):
                 yield
+                self._settle()  # else the step has the seconds of its evaluation
         finally:
             self._paused += self._clock() - start
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
 
     def close(self) -> None:
         self._trace.close()

@@ -132,29 +132,41 @@ def test_throughput_leaves_phases_and_the_first_step_out(tmp_path, monkeypatch):
     assert timing[1]["mfu"] == pytest.approx(50 * 16 / (1000 * jax.device_count()))
 
 
+class OnItsWay:
+    """A number that the device needs some more seconds for, counted when somebody first waits."""
+
+    def __init__(self, clock, left):
+        self.clock, self.left = clock, left
+
+    def block_until_ready(self):
+        self.clock.now, self.left = self.clock.now + self.left, 0.0
+        return self
+
+    def __array__(self, dtype=None, copy=None):
+        self.block_until_ready()
+        return np.array(1.0, dtype)
+
+
 def test_a_phase_does_not_take_the_seconds_of_the_step_before_it(tmp_path):
     clock = Clock()
-
-    class OnItsWay:
-        """A number that the device needs two more seconds for, counted when somebody first waits."""
-
-        left = 2.0
-
-        def block_until_ready(self):
-            clock.now, self.left = clock.now + self.left, 0.0
-            return self
-
-        def __array__(self, dtype=None, copy=None):
-            self.block_until_ready()
-            return np.array(1.0, dtype)
-
     with open_tracker(tmp_path, clock=clock) as tracker:
         tracker.log(1, {"loss": 1.0}, tokens=100)
-        loss = OnItsWay()
+        loss = OnItsWay(clock, 2.0)
         tracker.log(2, {"loss": loss}, tokens=100)  # writes the step before
         with tracker.phase("evaluating"):
             loss.block_until_ready()  # what is evaluated comes after it
             clock.now += 50
+    _, last = tracking.read_rows(tmp_path / "timing.jsonl")
+    assert last["seconds"] == pytest.approx(2)
+
+
+def test_a_step_does_not_take_the_seconds_of_its_evaluation(tmp_path):
+    clock = Clock()
+    with open_tracker(tmp_path, clock=clock) as tracker:
+        tracker.log(1, {"loss": 1.0}, tokens=100)
+        tracker.log(2, {"loss": OnItsWay(clock, 2.0)}, tokens=100)
+        with tracker.phase():
+            tracker.log(2, {"loss": OnItsWay(clock, 30.0)}, prefix="eval/")  # begun, and not waited for
     _, last = tracking.read_rows(tmp_path / "timing.jsonl")
     assert last["seconds"] == pytest.approx(2)
 

@@ -156,8 +156,9 @@ def test_what_a_model_cannot_do_is_said():
     assert loaded("encoder_roberta")[0].config.max_positions == 18  # 20 rows, of which 2 come before the first token
     with pytest.raises(ValueError, match="hidden_size=24 must be a multiple of num_heads=5"):
         encoder.build(dataclasses.replace(model.config, num_heads=5))
-    with pytest.raises(ValueError, match="unroll=3 must divide"):
-        encoder.build(dataclasses.replace(model.config, unroll=3))
+    for unroll in (0, 3):
+        with pytest.raises(ValueError, match=f"unroll={unroll} must divide"):
+            encoder.build(dataclasses.replace(model.config, unroll=unroll))
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
