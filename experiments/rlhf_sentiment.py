@@ -4,23 +4,28 @@
     rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
 
 Needs `pip install "rljax[gguf,metrics]"`; the model is fetched once (93 MB). The sentences of the figures below are the
-10,662 of Pang and Lee (2005). About 50 minutes on two CPU cores with the defaults, half of them PPO's (its iterations
-took 32 s, the other steps are reckoned from theirs). Expected: a reward model well above chance, and a policy that it
-likes better at a KL of a few nats, with the gold reward, VADER's sentiment, following. Measured with seed 0 on 639
-held-out pairs and 128 held-out prompts (standard error of a mean about 0.04), by iterations of PPO:
+10,662 of Pang and Lee (2005). 50 minutes on two CPU cores, half of them PPO's. Expected: a reward model well above
+chance, and a policy that it likes better at a KL of a few nats, with the gold reward, VADER's sentiment, following.
+Measured on about 640 held-out pairs and 128 held-out prompts (standard error of a mean about 0.04), by iterations of
+PPO:
 
-    iteration                              0        15       30       45
-    gold reward of the policy              0.20     0.33     0.43     0.67
-    reward model's score of the policy     −0.13    0.31     0.84     1.40
-    KL(policy ‖ SFT model), nats           0.0      0.8      3.8      6.4
+                 gold reward of the policy      score by the reward model      KL(policy ‖ SFT model), nats
+    iteration    0      15     30     45        0       15     30     45       0      15     30     45
+    --seed 0     0.20   0.33   0.43   0.67      −0.13   0.31   0.84   1.40     0.0    0.8    3.8    6.4
+    --seed 1     0.12   0.19   0.36   0.73      0.02    0.11   0.68   1.67     0.0    0.3    1.7    7.4
+    --seed 2     0.22   0.38   0.67   0.89      0.07    0.60   1.49   2.36     0.0    0.7    4.3    16.5
 
-    pairs that the reward model has seen   0        400      800      1,200    1,600
-    accuracy of the reward model           0.51     0.62     0.65     0.63     0.66
+The KL's coefficient is fixed at the paper's 0.02, so that nothing holds it at a few nats: with seed 2 it went on to
+16.5, and the policy praises whatever it is asked about. Accuracy of the reward model, by pairs that it has seen:
 
-That run had 256 openings held out, these 128 among them, where the file now holds out 128: its prompts to train on were
-others than those of a fresh run. Other seeds have not been run with these settings. With 128 openings, 60 and 24 steps,
-and the moving average of the weights that the preset has, evaluated, the gold reward did not move with any of three
-seeds.
+    pairs        0      400    800    1,200  1,600
+    --seed 0     0.51   0.62   0.65   0.63   0.66
+    --seed 1     0.52   0.62   0.63   0.70   0.71
+    --seed 2     0.49   0.63   0.71   0.73   0.70
+
+The run with seed 0 had 256 openings held out, these 128 among them, where the file now holds out 128: its prompts to
+train on were others than those of a fresh run. With 128 openings, 60 and 24 steps, and the moving average of the
+weights that the preset has, evaluated, the gold reward did not move with any of three seeds.
 """
 
 import functools
