@@ -88,6 +88,8 @@ def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path,
     assert last(run, "eval/loss") < 0.6
     assert last(run, "eval/rewards/accuracies") > 0.9
     assert {"report.md", "experiment.json", "manifest.json", "samples.jsonl", "tensorboard"} <= set(os.listdir(run))
+    timing = {row["step"]: row for row in tracking.read_rows(run / "timing.jsonl")}
+    assert timing[5]["time"] - timing[4]["time"] > timing[5]["seconds"] + 0.002  # the checkpoint of step 4 is left out
 
     step = artefacts.export(run, tmp_path / "exported")
     assert step == 6
