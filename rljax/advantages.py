@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Real
 
+from rljax.errors import UserError
 from rljax.losses.kl import kl_penalty
 from rljax.ops import Scalar, as_float, require_positive, zero_where_masked
 
@@ -114,12 +115,12 @@ def leave_one_out(
 
     A_i = r_i − (Σ_{j≠i} r_j) / (n − 1)
 
-    That is n/(n − 1) times `group_relative` without the std. Raises ValueError for groups of one.
+    That is n/(n − 1) times `group_relative` without the std. Raises UserError for groups of one.
     applies: as in `group_relative`; a sample that is the only one with a reward gets 0.
     """
     rewards, applies, n = _present(rewards, applies)
     if rewards.shape[1] < 2:
-        raise ValueError(
+        raise UserError(
             f"leave_one_out compares a sample with the others of its prompt: sample 2 or more, not {rewards.shape[1]}."
         )
     rewards = jnp.where(applies, rewards, 0.0)

@@ -11,6 +11,7 @@ import numpy as np
 
 from rljax import policy
 from rljax.checkpoint import Checkpoints
+from rljax.errors import UserError
 from rljax.manifest import read_json
 from rljax.models import hf, resolve, scalar_head
 from rljax.types import Params
@@ -20,12 +21,12 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
     """(the policy as it began, the run's parameters, their step): of the best checkpoint, or the last where none is
     best. Of an online run they are the policy's, averaged over the run where it keeps an average (`ema`).
 
-    The parameters of a reward model are {"model": …, "head": …}. ValueError for a folder that is no run, or has no
+    The parameters of a reward model are {"model": …, "head": …}. UserError for a folder that is no run, or has no
     checkpoint.
     """
     experiment = read_json(pathlib.Path(run) / "experiment.json")
     if experiment is None:
-        raise ValueError(f"{run} is not the folder of a run: it has no experiment.json")
+        raise UserError(f"{run} is not the folder of a run: it has no experiment.json")
     start = policy.load(experiment["model"], dtype=experiment["dtype"])
     where, params = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
@@ -38,7 +39,7 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
     with Checkpoints(folder, read_only=True, **ranked) as checkpoints:
         found = [candidate for candidate in (step, checkpoints.best(), checkpoints.latest()) if candidate is not None]
         if not found:
-            raise ValueError(f"{folder} has no finished checkpoint yet")
+            raise UserError(f"{folder} has no finished checkpoint yet")
         state, _ = checkpoints.restore(found[0], like, partial=True)
     for name in where:
         state = state[name]
@@ -78,12 +79,12 @@ def sample(
     if (pathlib.Path(source) / "experiment.json").is_file():
         start, params, _ = load_run(source, step=step)
         if "head" in params:
-            raise ValueError(f"{source} trained a reward model, which scores texts and does not write any")
+            raise UserError(f"{source} trained a reward model, which scores texts and does not write any")
         now = start._replace(params=params)
     else:
         now = policy.load(str(resolve.resolve(source)))
     if chat and not now.tokenizer.chat_template:
-        raise ValueError(f"{source} has no chat template: leave --chat out")
+        raise UserError(f"{source} has no chat template: leave --chat out")
     asked = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
     texts = policy.complete(now, asked, jax.random.key(np.uint32(seed)), batch=len(asked), **sampling).texts
     return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rljax.errors import UserError
+
 log = logging.getLogger("rljax")
 # Orbax logs every error of its threads with several tracebacks before it raises it; the raised one is enough. And it
 # warns that what is opened to be read will only be read.
@@ -46,7 +48,7 @@ _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # eight byt
 class Checkpoints:
     """The checkpoints of one run: the last `keep` of them and, of all that were saved with metrics, the best.
 
-    Errors: ValueError for what cannot be used (a foreign or damaged folder, a state of other shapes), OSError for what
+    Errors: UserError for what cannot be used (a foreign or damaged folder, a state of other shapes), OSError for what
     cannot be written (a full disk, no permission). A save that fails in the background raises at the next call.
     Every process of a multi-host run makes the same calls on a folder that all of them see.
     """
@@ -62,9 +64,9 @@ class Checkpoints:
     ):
         """`read_only` never writes or cleans: for looking into a run that may still be going on."""
         if keep < 1:
-            raise ValueError(f"keep={keep} would keep no checkpoint to resume from; use 1 or more")
+            raise UserError(f"keep={keep} would keep no checkpoint to resume from; use 1 or more")
         if best_mode not in ("min", "max"):
-            raise ValueError(f'best_mode={best_mode!r} is neither "min" nor "max"')
+            raise UserError(f'best_mode={best_mode!r} is neither "min" nor "max"')
         self.folder = _open(folder, read_only)
         self._keep, self._metric, self._sign = keep, best_metric, {"min": 1.0, "max": -1.0}[best_mode]
         self._scores: dict[int, float] = {}  # lower is better
@@ -112,7 +114,7 @@ class Checkpoints:
         try:
             record = json.loads(json.dumps(record))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"extra of checkpoint {step} cannot be written as JSON: {error}") from error
+            raise UserError(f"extra of checkpoint {step} cannot be written as JSON: {error}") from error
         if step in self._records:
             return self._already_saved(step, record)
         if metrics is not None and self._metric is not None:
@@ -141,7 +143,7 @@ class Checkpoints:
         except (jax.errors.JaxRuntimeError, MemoryError):  # no room on the device or the host: the checkpoint is well
             raise
         except Exception as error:
-            raise ValueError(self._damaged(step, f"{type(error).__name__}: {_first_line(error)}")) from error
+            raise UserError(self._damaged(step, f"{type(error).__name__}: {_first_line(error)}")) from error
         leaves = {path: _typed(path, arrays, leaf, record["leaves"]) for path, leaf in wanted.items()}
         self._verify(step, record, leaves)
         return jax.tree.unflatten(jax.tree.structure(like), list(leaves.values())), record["extra"]
@@ -191,12 +193,12 @@ class Checkpoints:
         self.wait()
         if step not in self._records:
             known = ", ".join(map(str, sorted(self._records))) or "none"
-            raise ValueError(f"{self.folder} has no checkpoint {step}; it has: {known}")
+            raise UserError(f"{self.folder} has no checkpoint {step}; it has: {known}")
         return self._records[step]
 
     def _already_saved(self, step: int, record: dict[str, Any]) -> bool:
         if record["leaves"] != self._records[step]["leaves"]:
-            raise ValueError(
+            raise UserError(
                 f"{self.folder / str(step)} exists already and holds another state. A run resumed from an earlier "
                 f"checkpoint must not mix with later ones: delete those after the one restored, or use a new folder."
             )
@@ -216,7 +218,7 @@ class Checkpoints:
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         if self._metric is None or self._metric not in metrics:
-            raise ValueError(f"best_metric={self._metric!r} is not among this checkpoint's metrics: {sorted(metrics)}")
+            raise UserError(f"best_metric={self._metric!r} is not among this checkpoint's metrics: {sorted(metrics)}")
         score = self._sign * float(metrics[self._metric])
         return math.inf if math.isnan(score) else score
 
@@ -246,7 +248,7 @@ class Checkpoints:
         _add_checksums(found, leaves)
         wrong = [path for path in leaves if found[path] != record["leaves"][path]]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 self._damaged(
                     step, f"{wrong[0]} has other bits than were saved; so have {len(wrong)} of {len(leaves)} leaves"
                 )
@@ -258,7 +260,7 @@ def _open(folder: Any, read_only: bool) -> epath.Path:
     path = epath.Path(folder)
     path = path if "://" in str(path) else path.absolute()
     if read_only and not path.is_dir():
-        raise ValueError(f"There is no folder of checkpoints at {path}; give the folder `checkpoints` of a run")
+        raise UserError(f"There is no folder of checkpoints at {path}; give the folder `checkpoints` of a run")
     try:
         path.mkdir(parents=True, exist_ok=True)
         names = sorted(entry.name for entry in path.iterdir())
@@ -267,7 +269,7 @@ def _open(folder: Any, read_only: bool) -> epath.Path:
     unfinished = [name for name in names if UNFINISHED in name]
     foreign = [name for name in names if name not in unfinished and not name.isdecimal() and not name.startswith(".")]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{path} holds things that rljax did not write ({', '.join(foreign[:5])}): it is not a folder of "
             f"checkpoints of a run. Give an empty folder, or a new run name."
         )
@@ -301,16 +303,16 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
         valid = isinstance(record, dict) and {"format", "leaves", "metrics", "extra"} <= set(record)
     except (OSError, ValueError) as error:
         if not (path / "rljax").exists():
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a checkpoint of rljax (it has no record). If another program wrote it, give this run "
                 f"another folder; if it is what is left of a checkpoint of this run, delete it."
             ) from error
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {path} is damaged (its record cannot be read: {_first_line(error)}). Delete that folder: "
             f"the run then goes on from the checkpoint before it, or from the beginning."
         ) from error
     if not valid or record["format"] != FORMAT:
-        raise ValueError(f"{path} is not in the format that this version of rljax reads ({FORMAT}); use another folder")
+        raise UserError(f"{path} is not in the format that this version of rljax reads ({FORMAT}); use another folder")
     return record
 
 
@@ -319,13 +321,13 @@ def _flatten(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise ValueError("Two leaves of the state have one path; a key of a dict must not hold a dot")
+        raise UserError("Two leaves of the state have one path; a key of a dict must not hold a dot")
     return named
 
 
 def _describe(path: str, leaf: Any) -> dict[str, Any]:
     if not isinstance(leaf, jax.Array):
-        raise ValueError(f"{path} of the state is a {type(leaf).__name__}; make it a jax.Array (with jnp.asarray)")
+        raise UserError(f"{path} of the state is a {type(leaf).__name__}; make it a jax.Array (with jnp.asarray)")
     described: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
     if _is_key(leaf):
         described["key"] = str(jax.random.key_impl(leaf))
@@ -381,7 +383,7 @@ def _compare(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, An
         wrong += [f"{name} ({there[name]} there) is not here" for name in there if name not in here]
     if wrong:
         more = f", and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise ValueError(
+        raise UserError(
             f"The checkpoint {path} is of another model, optimizer or precision than this run: "
             f"{'; '.join(wrong[:3])}{more}. Run with the settings that it was written with (experiment.json of its "
             f"run), or give this run another name."

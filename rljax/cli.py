@@ -36,6 +36,7 @@ from rljax import (
 )
 from rljax import plan as planning
 from rljax import report as reports
+from rljax.errors import UserError
 
 PLAIN = (bool, int, float, str)  # what can be written on a command line
 USAGE = """usage: rljax COMMAND …
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command in (run, selfcheck, reproduce):
             compilation.keep_programs()
         return command(argv[1:])
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (UserError, FileNotFoundError, ImportError) as error:
         if not isinstance(error, hosts.AgreedError):  # else all processes leave by themselves
             distributed.end_all(error, 2)
         if os.environ.get("RLJAX_TRACEBACK"):
@@ -105,7 +106,7 @@ def program_of(experiment: Any) -> ModuleType:
 def selfcheck(argv: Sequence[str]) -> int:
     experiment, file = read_experiment(argv, "selfcheck")
     if callable(experiment):
-        raise ValueError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
+        raise UserError(f"{file} has no `experiment` to check, only a `main` function: use `rljax run {file}`")
     compilation.hide_false_alarms()
     return program_of(experiment).selfcheck(experiment, file)
 
@@ -138,7 +139,7 @@ def plan_run(argv: Sequence[str]) -> int:
     machine = planning.machine(options["topology"], options["slices"])
     experiment, file = read_experiment([options["file"], *fields], "plan")
     if callable(experiment):
-        raise ValueError(f"{file} has no `experiment` to plan, only a `main` function")
+        raise UserError(f"{file} has no `experiment` to plan, only a `main` function")
     say = Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print
     if options["search"]:
         plans = planning.search(experiment, machine, tries=options["tries"], say=say).plans
@@ -203,7 +204,7 @@ def sample(argv: Sequence[str]) -> int:
             step: a run's checkpoint (the best, else the last)
         """
         if not prompt:
-            raise ValueError('give something to continue: --prompt "Once upon a time"')
+            raise UserError('give something to continue: --prompt "Once upon a time"')
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         prompts = [text for text in prompt for _ in range(n)]
         rows = artefacts.sample(source, prompts, chat=chat, seed=seed, step=step, **sampling)
@@ -281,7 +282,7 @@ def reproduce(argv: Sequence[str]) -> int:
             out: where the pages go; docs/papers, in a quick run runs/papers
         """
         if seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {seeds}")
+            raise UserError(f"--seeds must be at least 1, got {seeds}")
         pages, kind = pathlib.Path(out or ("runs/papers" if quick else "docs/papers")), " --quick" if quick else ""
         failed = []
         compilation.hide_false_alarms()
@@ -313,7 +314,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def read_experiment(argv: Sequence[str], command: str) -> tuple[Any, pathlib.Path]:
     """(the file's experiment with the options applied, the file); a file with `main` gives a function to call."""
     if not argv or argv[0].startswith("-"):
-        raise ValueError(f"name the experiment file: rljax {command} FILE [--field value …]")
+        raise UserError(f"name the experiment file: rljax {command} FILE [--field value …]")
     file = pathlib.Path(argv[0])
     module = import_file(file)
     prog = f"rljax {command} {file}"
@@ -321,16 +322,16 @@ def read_experiment(argv: Sequence[str], command: str) -> tuple[Any, pathlib.Pat
         return with_options(module.experiment, argv[1:], prog), file
     if hasattr(module, "main"):
         return functools.partial(tyro.cli, module.main, args=list(argv[1:]), prog=prog), file
-    raise ValueError(f"{file} defines neither `experiment` (a value such as rljax.offline.Preference(…)) nor `main`")
+    raise UserError(f"{file} defines neither `experiment` (a value such as rljax.offline.Preference(…)) nor `main`")
 
 
 def import_file(file: pathlib.Path) -> ModuleType:
     """Import an experiment module by its path, under its own name, with its folder importable as for `python FILE`."""
     if not file.is_file():
-        raise ValueError(f"there is no experiment file {file}")
+        raise UserError(f"there is no experiment file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{file} is not a Python file")
+        raise UserError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[file.stem] = module
     sys.path.insert(0, str(file.parent.resolve()))

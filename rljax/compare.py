@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rljax import overlays, plots, runs
+from rljax.errors import UserError
 from rljax.metrics import define
 from rljax.progress import duration, number, quantity
 
@@ -46,18 +47,18 @@ def write(
     folders: of runs, finished or not; one that holds nothing but an earlier comparison is passed over. out: left out,
     `comparison` beside the first run. metrics: which are drawn (all that every group has). ignore: settings that may
     differ within a group, besides seed and name. interval: of `runs.INTERVALS`.
-    Errors: ValueError for a folder that is no run, or is given twice; an `out` that is a run's; unknown metrics, or
+    Errors: UserError for a folder that is no run, or is given twice; an `out` that is a run's; unknown metrics, or
     none in common; an unknown interval.
     """
     if interval not in runs.INTERVALS:
-        raise ValueError(f"there is no interval {interval!r}; there are {', '.join(runs.INTERVALS)}")
+        raise UserError(f"there is no interval {interval!r}; there are {', '.join(runs.INTERVALS)}")
     paths = [path for path in map(pathlib.Path, folders) if not (path / PAGE).is_file() or _is_run(path)]
     if not paths:
-        raise ValueError("name the folder of a run, or of several: rljax report runs/*")
+        raise UserError("name the folder of a run, or of several: rljax report runs/*")
     found = runs.read(paths)
     folder = pathlib.Path(out) if out is not None else paths[0].resolve().parent / "comparison"
     if _is_run(folder):
-        raise ValueError(f"{folder} is the folder of a run: write the comparison elsewhere (--out FOLDER)")
+        raise UserError(f"{folder} is the folder of a run: write the comparison elsewhere (--out FOLDER)")
     groups = runs.group(found, ignore=ignore)
     shown, left = _choose(groups, metrics)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
@@ -87,14 +88,14 @@ def _choose(groups: Sequence[runs.Group], metrics: Sequence[str]) -> tuple[list[
     """(the metrics to show, those left out because a group lacks them). Groups without records do not count."""
     each = [found for found in map(runs.metrics_of, groups) if found]
     if not each:
-        raise ValueError(f"nothing is recorded yet in {', '.join(run.name for group in groups for run in group.runs)}")
+        raise UserError(f"nothing is recorded yet in {', '.join(run.name for group in groups for run in group.runs)}")
     anywhere, common = set.union(*each), set.intersection(*each)
     unknown = [name for name in metrics if name not in anywhere]
     if unknown:
-        raise ValueError(f"no run has a metric {unknown[0]!r}; there are {', '.join(sorted(anywhere))}")
+        raise UserError(f"no run has a metric {unknown[0]!r}; there are {', '.join(sorted(anywhere))}")
     if not metrics and not common:
         have = "; ".join(f"{group.label}: {', '.join(sorted(runs.metrics_of(group)))}" for group in groups)
-        raise ValueError(f"these runs have no metric in common ({have}); name some with --metrics a,b")
+        raise UserError(f"these runs have no metric in common ({have}); name some with --metrics a,b")
     return (list(dict.fromkeys(metrics)), []) if metrics else (sorted(common), sorted(anywhere - common))
 
 

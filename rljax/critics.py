@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from rljax import artefacts, models, policy
+from rljax.errors import UserError
 from rljax.models import hf, resolve
 from rljax.types import LanguageModel, Params
 
@@ -25,7 +26,7 @@ def load(run: Any, start: policy.Policy, mesh: Mesh) -> Critic | None:
 
     A reward model makes a critic with its own head, so that values begin as scores (Stiennon et al. 2020,
     arXiv:2009.01325; 2403.17031, detail 17); the policy's decoder gets a head of zeros (1909.08593's code), so that all
-    values begin at 0. ValueError for a reward model that does not share the policy's vocabulary.
+    values begin at 0. UserError for a reward model that does not share the policy's vocabulary.
     """
     if run.critic == "shared":
         return None
@@ -36,12 +37,12 @@ def load(run: Any, start: policy.Policy, mesh: Mesh) -> Critic | None:
         begun, params, _ = artefacts.load_run(run.critic)
         model = begun.model
         if "head" not in params:
-            raise ValueError(f"critic={run.critic!r} is a run that trained no reward model")
+            raise UserError(f"critic={run.critic!r} is a run that trained no reward model")
     else:
         model, params = hf.load_reward(resolve.resolve(run.critic), mesh=mesh, dtype=jnp.dtype(run.dtype))
     theirs, ours = model.config, start.model.config
     if theirs.vocab_size != ours.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"critic={run.critic!r} has a vocabulary of {theirs.vocab_size} tokens, the policy one of {ours.vocab_size}"
             ": a critic reads the policy's tokens, so both need the same tokenizer"
         )

@@ -28,6 +28,8 @@ import jax
 from jax._src import clusters  # JAX can be asked whether there is a cluster only here
 from jax._src.distributed import global_state  # and for the store of keys that its processes share
 
+from rljax.errors import UserError
+
 WAIT_TO_MEET = 300  # seconds until all processes have to be there
 POLL = 0.5  # seconds between two looks at what others have to say
 FAREWELL = 10.0  # seconds in which the others have to hear of a failure
@@ -38,7 +40,7 @@ _ROOMS = itertools.count()  # all processes make the same runs in the same order
 
 
 def initialize() -> None:
-    """Connect to the other processes, if there are any; to be called before anything is computed. ValueError for
+    """Connect to the other processes, if there are any; to be called before anything is computed. UserError for
     RLJAX_ variables that do not say everything.
     """
     if not jax.distributed.is_initialized():
@@ -77,7 +79,7 @@ def _by_variables() -> tuple[str, int, int] | None:
         return "", 1, 0
     count, number = (int(found.get(name, "")) if found.get(name, "").isdecimal() else -1 for name in names[1:])
     if not 0 <= number < count or ":" not in found.get(names[0], ""):
-        raise ValueError(
+        raise UserError(
             f"one of several processes needs {names[0]}=HOST:PORT (of the first), {names[1]}=2 and {names[2]}=0 or 1 "
             f"(for two); these are {found}"
         )

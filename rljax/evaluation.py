@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rljax import data, episodes, hosts, judges, policy, program, prompts, settings, shaping, tracking
+from rljax.errors import UserError
 from rljax.iteration import Learner, exported
 from rljax.program import Progress
 
@@ -130,7 +131,7 @@ def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.
     std = float(np.sqrt(moments.variance()))
     tracker.status(f"reward before normalising: mean {float(moments.mean):.3f}, std {std:.3f}")
     if not std > 0:
-        raise ValueError(
+        raise UserError(
             f"normalize_reference={run.normalize_reference}: all samples of the policy score {float(moments.mean):g}, "
             "so there is nothing to scale by; leave it out, or take more samples"
         )

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rljax.errors import UserError
 from rljax.iteration import Trace
 from rljax.objectives import clipped_tokens
 from rljax.tracking import read_rows
@@ -89,16 +90,16 @@ def show(run: str | pathlib.Path, step: int | None, console: Console, *, row: in
     records = read_rows(pathlib.Path(run) / "evidence.jsonl")
     steps = sorted({record["step"] for record in records})
     if not steps:
-        raise ValueError(f"{run} has no evidence: it is no online run, or its first evaluation is still to come")
+        raise UserError(f"{run} has no evidence: it is no online run, or its first evaluation is still to come")
     step = steps[-1] if step is None else step
     if step not in steps:
-        raise ValueError(
+        raise UserError(
             f"there is no evidence of step {step}, only of {', '.join(map(str, steps))}: it is kept at evaluations, so "
             "set --eval-every and --evidence"
         )
     here = [record for record in records if record["step"] == step]
     if row is not None and row not in (rows := [record["row"] for record in here]):
-        raise ValueError(f"there is no evidence of row {row}, only of {', '.join(map(str, rows))}: set --evidence")
+        raise UserError(f"there is no evidence of row {row}, only of {', '.join(map(str, rows))}: set --evidence")
     for record in here:
         if row in (None, record["row"]):
             console.print(_heading(record))

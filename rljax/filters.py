@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rljax.errors import UserError
 from rljax.ops import as_float
 
 
@@ -46,18 +47,18 @@ def check(
     min_new_tokens: int,
     stop_ids: tuple[int, ...],
 ) -> None:
-    """Raise ValueError for a setting that no distribution has; traced numbers pass."""
+    """Raise UserError for a setting that no distribution has; traced numbers pass."""
     if _known(temperature) and not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}: logits are divided by it, so give 0 (greedy) or more")
+        raise UserError(f"temperature is {temperature}: logits are divided by it, so give 0 (greedy) or more")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}: at least 1 token must be left to draw; None keeps all")
+        raise UserError(f"top_k is {top_k}: at least 1 token must be left to draw; None keeps all")
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if _known(value) and not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}, and it is a probability: give 0 to 1, or None to cut nothing")
+            raise UserError(f"{name} is {value}, and it is a probability: give 0 to 1, or None to cut nothing")
     if min_new_tokens < 0:
-        raise ValueError(f"min_new_tokens is {min_new_tokens}: give 0 or more")
+        raise UserError(f"min_new_tokens is {min_new_tokens}: give 0 or more")
     if any(token < 0 for token in stop_ids):
-        raise ValueError(f"stop_ids are {stop_ids}, and token ids are 0 or more: leave the negative ones out")
+        raise UserError(f"stop_ids are {stop_ids}, and token ids are 0 or more: leave the negative ones out")
 
 
 def cuts(sampling: Sampling) -> bool:
@@ -79,7 +80,7 @@ def distribution(logits: Array, sampling: Sampling, *, place: Array | None = Non
     s, forbidden = sampling, None
     if has_minimum(s):
         if place is None:
-            raise ValueError(
+            raise UserError(
                 f"min_new_tokens={s.min_new_tokens} depends on the place of a token in its turn: give place"
             )
         forbidden = forbid(place < s.min_new_tokens, s.stop_ids, logits.shape[-1])

@@ -18,12 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rljax import sharding
+from rljax.errors import UserError
 
 T = TypeVar("T")
 MESSAGE = 4000  # bytes of an error that the other processes get to see
 
 
-class AgreedError(ValueError):
+class AgreedError(UserError):
     """An error that every process raises at the same point, so that all can still do something together: save."""
 
 
@@ -38,11 +39,11 @@ class Share(NamedTuple):
 
 def share(rows: int, mesh: Mesh) -> Share:
     """This process's part of so many rows, by where the mesh puts them. Rows that several processes hold are dealt out
-    to them in equal parts. ValueError for a number of rows that cannot be spread over the mesh.
+    to them in equal parts. UserError for a number of rows that cannot be spread over the mesh.
     """
     ways = sharding.ways(sharding.ROWS, mesh)
     if rows % ways:
-        raise ValueError(
+        raise UserError(
             f"{rows} rows cannot be spread over data×fsdp={ways} devices: make it a multiple of {ways}, or change the "
             f"mesh {dict(mesh.shape)}"
         )
@@ -221,7 +222,7 @@ def together(call: Callable[[], T]) -> T:
         result = call()
     except Exception as error:
         caught = error
-    said = "" if caught is None else f"{'' if isinstance(caught, ValueError) else type(caught).__name__ + ': '}{caught}"
+    said = "" if caught is None else f"{'' if isinstance(caught, UserError) else type(caught).__name__ + ': '}{caught}"
     failed = first_failure(None if caught is None else said)
     if failed is None:
         return result  # pyright: ignore[reportReturnType]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import filters, ops, sharding
+from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.types import LanguageModel, Params, Tokens
 
@@ -77,7 +78,7 @@ def _map(
     """`map_logits` of the logits that are left after `sampling`, or of those divided by the temperature."""
     if sampling is not None:
         if not isinstance(temperature, int | float) or temperature != 1:
-            raise ValueError(
+            raise UserError(
                 f"temperature is {temperature}, but sampling has its own ({sampling.temperature}): give one of them"
             )
         if not filters.cuts(sampling):

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 import rljax
+from rljax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
@@ -31,7 +32,7 @@ def write_manifest(
 ) -> None:
     """Write experiment.json, and append this start to the sessions of manifest.json. Process 0 only.
 
-    Errors: ValueError where the directory holds a run of another experiment; fields named in `may_change` (the
+    Errors: UserError where the directory holds a run of another experiment; fields named in `may_change` (the
     top-level ones that do not change results, such as where to log) are not compared.
     """
     if jax.process_index() != 0:
@@ -41,7 +42,7 @@ def write_manifest(
     now = json.loads(to_json(dict(experiment)))
     changed = differences(read_json(folder / "experiment.json"), now, may_change)
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run of another experiment ({'; '.join(changed[:5])}). Give this run another name, or "
             f"undo the change; delete the directory to start over."
         )
@@ -113,13 +114,13 @@ def _git(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """None where there is no such file. Errors: ValueError, naming the file, where it is not JSON."""
+    """None where there is no such file. Errors: UserError, naming the file, where it is not JSON."""
     if not path.exists():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, or restore it from a copy") from error
+        raise UserError(f"{path} is damaged ({error}); delete it, or restore it from a copy") from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from rljax import data, hosts, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
 from rljax.checkpoint import Checkpoints
+from rljax.errors import UserError
 from rljax.program import Evaluation, Progress, Run
 from rljax.types import TrainState
 
@@ -192,7 +193,7 @@ def _task(experiment: Run, start: policy.Policy, rows: tasks.Rows, mesh: Any, tr
             return tasks.reward(experiment, start, rows, jax.random.key(experiment.seed))
         case SFT():
             return tasks.supervised(experiment, start, rows)
-    raise ValueError(f"rljax.offline runs SFT, RewardModel, Preference and Unpaired, not {type(experiment).__name__}")
+    raise UserError(f"rljax.offline runs SFT, RewardModel, Preference and Unpaired, not {type(experiment).__name__}")
 
 
 def _begin(
@@ -210,7 +211,7 @@ def _begin(
     state = _normalized(experiment, setup, setup.state, tracker)
     written = _write(experiment, setup, state, tracker)
     if experiment.checks and not selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status):
-        raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
+        raise UserError("a check failed (above): mend its cause, or train all the same with --no-checks")
     _evaluate(experiment, setup, state, Progress(), tracker, 0)
     _measure(experiment, setup, state, written, tracker, 0, "before")
     return state, Progress()

@@ -39,6 +39,7 @@ from rljax import (
     views,
 )
 from rljax.checkpoint import Checkpoints
+from rljax.errors import UserError
 from rljax.iteration import Learner, Trace
 from rljax.online_setup import Setup, set_up
 from rljax.program import Evaluation, Progress
@@ -129,7 +130,7 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         return State(state["learner"], queue), progress
     learner = setup.learner
     if run.checks and not selfchecks.report(_checks(run, setup, tracker), tracker.status):
-        raise ValueError("a check failed (above): mend its cause, or train all the same with --no-checks")
+        raise UserError("a check failed (above): mend its cause, or train all the same with --no-checks")
     if run.normalize_reference:
         learner = evaluation.reference_moments(run, setup, learner, tracker)
     with tracker.phase(f"completing {len(setup.held_out)} held-out prompts"):

@@ -30,6 +30,7 @@ from rljax import (
     tracking,
     views,
 )
+from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.iteration import Learner
 from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient, Sampled
@@ -229,7 +230,7 @@ def method_of(
             return methods.preference(run, model, params, drawn, shares)
         case Imitation():
             return methods.imitation(run, model, params, drawn, shares)
-    raise ValueError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
+    raise UserError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
 
 
 def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int], Tokens | None]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Integer, Real
 
+from rljax.errors import UserError
 from rljax.types import Mean
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ else:
 
 
 def require_positive(**values: Scalar) -> None:
-    """Raise ValueError for a hyper-parameter that a formula divides by and that is not above 0 (traced ones pass)."""
+    """Raise UserError for a hyper-parameter that a formula divides by and that is not above 0 (traced ones pass)."""
     for name, value in values.items():
         if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name} is {value}, and the formula divides by it: pass a {name} above 0.")
+            raise UserError(f"{name} is {value}, and the formula divides by it: pass a {name} above 0.")
 
 
 def as_float(x: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -162,11 +163,11 @@ def best_of_n(values: Real[ArrayLike, " s"], by: Real[ArrayLike, " s"], *, n: in
     Σ_i C(i − 1, n − 1) / C(s, n) · value_i,   i = 1 … s the rank of `by`, n ≤ s
 
     values: what is averaged, such as gold rewards. by: what decides, such as proxy rewards; of equal ones the later is
-    taken for the better. Raises ValueError for n < 1 or n > s.
+    taken for the better. Raises UserError for n < 1 or n > s.
     """
     values, s = as_float(values), jnp.shape(values)[0]
     if not 1 <= n <= s:
-        raise ValueError(f"best_of_n takes the best of n={n} out of {s} samples: n must be from 1 to their number")
+        raise UserError(f"best_of_n takes the best of n={n} out of {s} samples: n must be from 1 to their number")
     below = jnp.arange(s - 1, -1, -1)  # i − 1, from the best down
     # the weight of rank i is n/s at the top, and (i − n)/(i − 1) of that above it below
     ratios = jnp.log(jnp.maximum(below[:-1] - (n - 1), 0) / jnp.maximum(below[:-1], 1))
@@ -191,7 +192,7 @@ def aggregate(
 
     An empty row has sum and mean 0 and still counts as a row, unless `rows` says which do. `length` is read by
     "constant" only.
-    Raises ValueError for an unknown mode, or for "constant" without length.
+    Raises UserError for an unknown mode, or for "constant" without length.
     """
     tokens = masked_mean(x, mask)
     count = jnp.asarray(jnp.shape(x)[0] if rows is None else jnp.sum(jnp.asarray(rows)), tokens.weight.dtype)
@@ -205,6 +206,6 @@ def aggregate(
         case "constant" if length is not None:
             return Mean(total=tokens.total, weight=count * length)
         case "constant":
-            raise ValueError('aggregate mode "constant" divides by rows · length: pass length=, e.g. max_new_tokens.')
+            raise UserError('aggregate mode "constant" divides by rows · length: pass length=, e.g. max_new_tokens.')
     modes = '"token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"'
-    raise ValueError(f"Unknown aggregate mode {mode!r}: choose one of {modes}.")
+    raise UserError(f"Unknown aggregate mode {mode!r}: choose one of {modes}.")

@@ -24,6 +24,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rljax import plots, report
+from rljax.errors import UserError
 
 
 class Check(NamedTuple):
@@ -101,13 +102,13 @@ def band(axis: Any, x: Any, values: Any, label: str, color: str, **how: Any) -> 
 
 
 def find(names: Sequence[str], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of these reproductions, all for none. ValueError for a name that is none, with those that are."""
+    """The files of these reproductions, all for none. UserError for a name that is none, with those that are."""
     files = {file.stem: file for file in sorted(folder.glob("[!_]*.py"))}
     if not files:
-        raise ValueError(f"there are no reproductions in {folder}: give the folder with --folder, experiments/papers")
+        raise UserError(f"there are no reproductions in {folder}: give the folder with --folder, experiments/papers")
     unknown = [name for name in names if name not in files]
     if unknown:
-        raise ValueError(f"there is no reproduction {unknown[0]!r}; there are {', '.join(files)}")
+        raise UserError(f"there is no reproduction {unknown[0]!r}; there are {', '.join(files)}")
     return [files[name] for name in names] if names else list(files.values())
 
 
@@ -115,7 +116,7 @@ def run(file: pathlib.Path, load: Callable[[pathlib.Path], ModuleType], *, seeds
     """Run a reproduction."""
     module = load(file)
     if not hasattr(module, "reproduce"):
-        raise ValueError(f"{file} is no reproduction: it defines no function reproduce(*, seeds, quick)")
+        raise UserError(f"{file} is no reproduction: it defines no function reproduce(*, seeds, quick)")
     start = time.perf_counter()
     result = module.reproduce(seeds=seeds, quick=quick)
     title, _, text = (inspect.getdoc(module) or file.stem).partition("\n")

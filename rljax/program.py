@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from rljax import data, hosts, models, policy, sharding, traces, tracking, train
+from rljax.errors import UserError
 from rljax.manifest import read_json, write_json
 from rljax.types import Mean, TrainState
 
@@ -78,27 +79,27 @@ class Evaluation(NamedTuple):
 
 
 def check_settings(run: Run) -> None:
-    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    """Raise UserError for settings that cannot work, before anything is loaded."""
     positive = ("steps", "batch", "microbatches", "max_prompt", "max_completion", "eval_every", "save_every", "keep")
     for name in positive:
         if getattr(run, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(run, name)}")
+            raise UserError(f"{name} must be at least 1, got {getattr(run, name)}")
     if not _answered(run) and run.batch % run.microbatches:
-        raise ValueError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
+        raise UserError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
     if run.profile < 0:
-        raise ValueError(f"profile is a number of steps to trace, got {run.profile}")
+        raise UserError(f"profile is a number of steps to trace, got {run.profile}")
     if run.learning_rate < 0:
-        raise ValueError(f"learning_rate must not be negative, got {run.learning_rate}")
+        raise UserError(f"learning_rate must not be negative, got {run.learning_rate}")
     if run.best_mode not in ("min", "max"):
-        raise ValueError(f"best_mode must be 'min' or 'max', got {run.best_mode!r}")
+        raise UserError(f"best_mode must be 'min' or 'max', got {run.best_mode!r}")
     if run.patience is not None and run.best is None:
-        raise ValueError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
+        raise UserError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
     if run.remat not in ("none", "dots", "full"):
-        raise ValueError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
+        raise UserError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
     if run.attention not in ("auto", "xla", "splash", "cudnn"):
-        raise ValueError(f"attention must be 'auto', 'xla', 'splash' or 'cudnn', got {run.attention!r}")
+        raise UserError(f"attention must be 'auto', 'xla', 'splash' or 'cudnn', got {run.attention!r}")
     if run.profile and run.steps <= traces.SETTLED:
-        raise ValueError(
+        raise UserError(
             f"profile={run.profile} traces steps after the first {traces.SETTLED}, in which a run settles, and there "
             f"are only steps={run.steps}: take more"
         )
@@ -108,7 +109,7 @@ def check_settings(run: Run) -> None:
 
 
 def _check_filled(name: str, function: Any) -> None:
-    """Raise ValueError for a function with keywords that nothing fills."""
+    """Raise UserError for a function with keywords that nothing fills."""
     try:
         parameters = inspect.signature(function).parameters.values() if callable(function) else ()
     except (TypeError, ValueError):  # some builtins have no signature
@@ -118,7 +119,7 @@ def _check_filled(name: str, function: Any) -> None:
         called = getattr(function, "__name__", "the function")
         options = " ".join(f"--{name}.{key.replace('_', '-')} …" for key in missing)
         keywords = ", ".join(f"{key}=…" for key in missing)
-        raise ValueError(
+        raise UserError(
             f"{name}={called} needs {', '.join(missing)}: say {options}, "
             f"or {name}=functools.partial({called}, {keywords})"
         )
@@ -130,7 +131,7 @@ def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = shards if _answered(run) else shards * run.microbatches
     if run.batch % parts:
-        raise ValueError(
+        raise UserError(
             f"batch={run.batch} in microbatches={run.microbatches} cannot be spread over data×fsdp={shards} devices: "
             f"make it a multiple of {parts}, or set --mesh.data, --mesh.fsdp, --mesh.tensor"
         )
@@ -151,10 +152,10 @@ def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
 
 
 def configured(run: Run, config: models.ModelConfig, mesh: Mesh) -> models.ModelConfig:
-    """A model's config as this run computes it on this mesh. ValueError where it has no room for the run's rows."""
+    """A model's config as this run computes it on this mesh. UserError where it has no room for the run's rows."""
     longest = run.max_prompt + run.max_completion
     if config.learned_positions and longest > config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"max_prompt + max_completion = {longest} tokens, but {run.model} has {config.max_positions} positions: "
             "lower them"
         )
@@ -234,7 +235,7 @@ def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tup
         return progress, None
     value = found.get(run.best)
     if value is None:
-        raise ValueError(f"best={run.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
+        raise UserError(f"best={run.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
     sign = 1 if run.best_mode == "max" else -1
     if progress.best is None or sign * value > sign * progress.best:
         return progress._replace(best=value, waited=0), {run.best: value}

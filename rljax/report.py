@@ -17,6 +17,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from rljax import plots
+from rljax.errors import UserError
 from rljax.manifest import read_json
 from rljax.metrics import define
 from rljax.progress import duration, number, quantity
@@ -38,7 +39,7 @@ def write_report(
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"There is no run at {folder}; give the directory of a run, such as runs/NAME")
+        raise UserError(f"There is no run at {folder}; give the directory of a run, such as runs/NAME")
     metrics, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
     samples = read_rows(folder / "samples.jsonl")
     pages = plots.draw_curves(metrics, timing) + [(title, figure) for title, figure in figures]

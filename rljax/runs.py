@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from rljax import plots
+from rljax.errors import UserError
 from rljax.manifest import flat, read_json
 from rljax.tracking import read_rows
 
@@ -69,15 +70,15 @@ class Band(NamedTuple):
 
 
 def read(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """What is in these folders, which may still be written to. ValueError for one that is no run or is given twice."""
+    """What is in these folders, which may still be written to. UserError for one that is no run or is given twice."""
     paths = [pathlib.Path(folder) for folder in folders]
     for index, path in enumerate(paths):
         if not (path / "metrics.jsonl").is_file():
             inside = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
             hint = f"; it holds runs: give {inside[0]} and so on" if inside else ""
-            raise ValueError(f"{path} is not the folder of a run: it has no metrics.jsonl{hint}")
+            raise UserError(f"{path} is not the folder of a run: it has no metrics.jsonl{hint}")
         if path.resolve() in [other.resolve() for other in paths[:index]]:
-            raise ValueError(f"{path} is given twice: it would count as two seeds")
+            raise UserError(f"{path} is given twice: it would count as two seeds")
     return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.core import Tracer
 
 from rljax import filters, sharding
+from rljax.errors import UserError
 from rljax.filters import filter_logits
 from rljax.models import RULES, Cache, init_cache, repeat_cache, unstack
 from rljax.models.cache import insert, lengthen
@@ -60,11 +61,11 @@ def generate(
       split over tensor, where that takes at most so many GiB of a device; else layer by layer at every token.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if n < 1:
-        raise ValueError(f"n must be at least 1 sample of each prompt, got {n}")
+        raise UserError(f"n must be at least 1 sample of each prompt, got {n}")
     if slots is not None and (slots < 1 or slots % n):
-        raise ValueError(f"slots={slots} must be a positive multiple of n={n}: the samples of a prompt start together")
+        raise UserError(f"slots={slots} must be a positive multiple of n={n}: the samples of a prompt start together")
     numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     known = {name: _known(number) for name, number in numbers.items()}
     filters.check(**known, top_k=top_k, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
@@ -168,7 +169,7 @@ def _row_keys(key: Array, rows: int) -> Array:
     if single:
         return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
     if key.shape[0] != rows:
-        raise ValueError(f"there are {key.shape[0]} keys for {rows} rows (prompts · n): give one each, or a single key")
+        raise UserError(f"there are {key.shape[0]} keys for {rows} rows (prompts · n): give one each, or a single key")
     return key
 
 

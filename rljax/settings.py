@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from rljax import advantages, losses
 from rljax.environments import Environment
+from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.program import Run
 from rljax.sampling import GATHER
@@ -142,13 +143,13 @@ def sampling(run: Sampled, stop_ids: tuple[int, ...]) -> Sampling:
 
 
 def stop_ids(run: Sampled, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of `stop`; a ValueError for a text that is not one token."""
+    """The ids of `stop`; a UserError for a text that is not one token."""
     found = []
     for text in run.stop:
         known = tokenizer.get_vocab().get(text)
         ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
         if len(ids) != 1:
-            raise ValueError(
+            raise UserError(
                 f"stop={text!r} is {len(ids)} tokens to this tokenizer ({tokenizer.convert_ids_to_tokens(ids)}), and a "
                 "completion ends at one: name one of them as it stands there"
             )
@@ -157,64 +158,60 @@ def stop_ids(run: Sampled, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check(run: Sampled) -> None:
-    """Raise ValueError for settings of online runs that cannot work, before anything is loaded."""
+    """Raise UserError for settings of online runs that cannot work, before anything is loaded."""
     for least, names in ((1, ("group", "epochs", "minibatches", "max_rounds")), (0, ("lag", "max_age"))):
         for name in names:
             if getattr(run, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(run, name)}")
+                raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
     if run.normalize_reference < 0:
-        raise ValueError(f"normalize_reference={run.normalize_reference} must be a number of samples, or 0 for none")
+        raise UserError(f"normalize_reference={run.normalize_reference} must be a number of samples, or 0 for none")
     _check_unused(run)
     if (run.reward is None) == (run.environment is None):
-        raise ValueError(
-            "give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two"
-        )
+        raise UserError("give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two")
     if run.slots is not None and (run.slots < 1 or run.slots % run.group or run.environment is not None):
-        raise ValueError(
+        raise UserError(
             f"slots={run.slots} must be a positive multiple of group={run.group}, whose rows start together, and "
             "without an environment, whose episodes take turns: None writes all rows at once"
         )
     if run.temperature == 0:
-        raise ValueError("temperature=0 always writes the same, so that nothing can be learned from it: set it above 0")
+        raise UserError("temperature=0 always writes the same, so that nothing can be learned from it: set it above 0")
     rows = run.batch if isinstance(run, OnlinePreference | Imitation) else run.batch * run.group
     if rows % (run.minibatches * run.microbatches):
-        raise ValueError(
+        raise UserError(
             f"{rows} rows an iteration cannot be cut into minibatches={run.minibatches} × "
             f"microbatches={run.microbatches} equal parts: change batch={run.batch} or group={run.group}"
         )
     if run.group < 2 and isinstance(run, OnlinePreference):
-        raise ValueError(f"pairs are made of the completions of one prompt: group must be at least 2, got {run.group}")
+        raise UserError(f"pairs are made of the completions of one prompt: group must be at least 2, got {run.group}")
     if run.group < 2 and run.filter_groups:
-        raise ValueError("filter_groups looks for different rewards within a group: set group to 2 or more")
+        raise UserError("filter_groups looks for different rewards within a group: set group to 2 or more")
     if run.lag and (run.filter_groups or run.max_age):
-        raise ValueError("lag lets all rollouts wait, filter_groups with max_age the leftover ones: set one of them")
+        raise UserError("lag lets all rollouts wait, filter_groups with max_age the leftover ones: set one of them")
     if run.old_logps not in ("sampler", "trainer"):
-        raise ValueError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
+        raise UserError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
     over = getattr(run, "whiten_over", "batch")
     if over not in ("batch", "minibatch"):
-        raise ValueError(f"whiten_over must be 'batch' or 'minibatch', got {over!r}")
+        raise UserError(f"whiten_over must be 'batch' or 'minibatch', got {over!r}")
     if run.importance_cap is not None and run.old_logps != "trainer":
-        raise ValueError(
-            "importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'"
-        )
+        raise UserError("importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'")
     if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
-        raise ValueError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
+        raise UserError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
     if run.kl_target is not None and not run.kl_target > 0:
-        raise ValueError(f"kl_target must be above 0 nats a sequence, got {run.kl_target}; None keeps the KL fixed")
+        raise UserError(f"kl_target must be above 0 nats a sequence, got {run.kl_target}; None keeps the KL fixed")
     if run.overlong_buffer is not None and not 1 <= run.overlong_buffer < run.max_completion:
-        raise ValueError(
+        raise UserError(
             f"overlong_buffer={run.overlong_buffer} must be 1 token or more and less than max_completion="
             f"{run.max_completion}, else every completion is punished (a fifth of it in the paper); None leaves it out"
         )
     if isinstance(run, PPO) and run.pretrain_data and run.pretrain_batch % (run.minibatches * run.microbatches):
-        raise ValueError(
+        raise UserError(
             f"pretrain_batch={run.pretrain_batch} rows cannot be cut into minibatches={run.minibatches} × "
             f"microbatches={run.microbatches} equal parts, as the rollouts beside them are: change it"
         )
     if run.normalize_running and run.normalize_reference:
-        raise ValueError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
+        raise UserError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
     if run.environment is not None and "greedy" in _parameters(getattr(run, "advantage", None)):
-        raise ValueError("an environment has no greedy completions to compare with: choose another advantage")
+        raise UserError("an environment has no greedy completions to compare with: choose another advantage")
 
 
 def _parameters(function: Callable[..., Any] | None) -> tuple[str, ...]:
@@ -222,20 +219,20 @@ def _parameters(function: Callable[..., Any] | None) -> tuple[str, ...]:
 
 
 def _check_unused(run: Sampled) -> None:
-    """Raise ValueError for settings that nothing would come of."""
+    """Raise UserError for settings that nothing would come of."""
     kind = type(run).__name__
     if isinstance(run, OnlinePreference | Imitation):
         for name in ("kl_reward", "kl_loss", "kl_target", "importance_cap"):
             if getattr(run, name):
-                raise ValueError(f"{name}={getattr(run, name)} has no effect on {kind}, which has no policy gradient")
+                raise UserError(f"{name}={getattr(run, name)} has no effect on {kind}, which has no policy gradient")
     if run.max_age and not run.filter_groups:
-        raise ValueError(f"max_age={run.max_age} is for groups that filter_groups leaves over: set that too")
+        raise UserError(f"max_age={run.max_age} is for groups that filter_groups leaves over: set that too")
     if run.turn_tokens is not None and run.environment is None:
-        raise ValueError(f"turn_tokens={run.turn_tokens} is for the turns of an environment: set max_completion")
+        raise UserError(f"turn_tokens={run.turn_tokens} is for the turns of an environment: set max_completion")
     if run.environment is not None and not isinstance(run.environment, Environment):
-        raise ValueError(
+        raise UserError(
             f"environment is a rljax.environments.Environment(reset, step, max_turns=…), not {run.environment!r}"
         )
     advantage = getattr(run, "advantage", None)
     if getattr(advantage, "func", advantage) is advantages.group_relative and run.group == 1 and not run.filter_groups:
-        raise ValueError("group=1: a completion alone in its group has the advantage 0, nothing would be learned")
+        raise UserError("group=1: a completion alone in its group has the advantage 0, nothing would be learned")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Bool, Float, Real
 
+from rljax.errors import UserError
 from rljax.ops import Scalar, as_float, require_positive, zero_where_masked
 from rljax.types import pytree
 
@@ -49,9 +50,9 @@ def overlong_penalty(lengths: Real[ArrayLike, " b"], *, max_length: Scalar, buff
 
 
 def clip_scores(scores: Real[ArrayLike, " b"], *, low: Scalar, high: Scalar) -> Float[Array, " b"]:
-    """The score, limited to [low, high]: no single row can dominate a batch, [b]. ValueError where low > high."""
+    """The score, limited to [low, high]: no single row can dominate a batch, [b]. UserError where low > high."""
     if isinstance(low, int | float) and isinstance(high, int | float) and low > high:
-        raise ValueError(f"clip_scores: low={low} is above high={high}, so that nothing is left; exchange them.")
+        raise UserError(f"clip_scores: low={low} is above high={high}, so that nothing is left; exchange them.")
     return jnp.clip(as_float(scores), low, high)
 
 

@@ -15,6 +15,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rljax.errors import UserError
+
 AXES: tuple[str, ...] = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")  # the axes that split a batch
 Rules = Sequence[tuple[str, P]]
@@ -33,24 +35,24 @@ def make_mesh(
     devices: those of this run; others are for compiling ahead of time. Where they are slices of a TPU pod that only
     the data-center network connects, the slices lie along data.
 
-    Without -1 a part of the machine can be asked for: its first devices. ValueError where the sizes do not divide
+    Without -1 a part of the machine can be asked for: its first devices. UserError where the sizes do not divide
     the number of devices.
     """
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor, context), strict=True))
     devices = jax.devices() if devices is None else devices
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"the mesh {sizes} needs positive sizes, and -1 for at most one axis: the devices left")
+        raise UserError(f"the mesh {sizes} needs positive sizes, and -1 for at most one axis: the devices left")
     taken = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % taken:
-        raise ValueError(
+        raise UserError(
             f"the mesh {sizes} needs a multiple of {taken} devices, but there are {len(devices)}: choose sizes whose "
             f"product divides {len(devices)}"
         )
     if free:
         sizes[free[0]] = len(devices) // taken
     elif taken < len(devices) and len({device.process_index for device in devices}) > 1:
-        raise ValueError(
+        raise UserError(
             f"the mesh {sizes} leaves {len(devices) - taken} of {len(devices)} devices idle, which several processes "
             f"cannot do: set one size to -1"
         )
@@ -62,7 +64,7 @@ def _laid_out(sizes: dict[str, int], devices: Sequence[Any]) -> np.ndarray:
     used, shape = devices[: math.prod(sizes.values())], tuple(sizes.values())
     slices = len({getattr(device, "slice_index", 0) for device in used}) if used[0].platform == "tpu" else 1
     if shape[0] % slices:
-        raise ValueError(
+        raise UserError(
             f"the mesh {sizes} is to lie on {slices} slices, which only the data-center network connects: the data "
             f"axis runs over them, so its size must be a multiple of {slices}"
         )
@@ -94,7 +96,7 @@ def specs(tree: Any, rules: Rules) -> Any:
     A path is the keys joined by "/", such as "layers/mlp/up/kernel", or "0/mu/layers/mlp/up/kernel" in an optax
     state: rules that end in `$` and have no `^` place parameters and moments alike. Scalars are replicated without a
     rule. So is a leaf of lower rank than its rule, such as the factored moments of Adafactor. Leaves need only a
-    shape, so the tree may be abstract (`jax.eval_shape`). ValueError for a leaf without a rule: its path and shape.
+    shape, so the tree may be abstract (`jax.eval_shape`). UserError for a leaf without a rule: its path and shape.
     """
 
     def spec(path: Any, leaf: Any) -> P:
@@ -104,7 +106,7 @@ def specs(tree: Any, rules: Rules) -> Any:
         for pattern, found in rules:
             if re.search(pattern, name):
                 return found if len(found) <= len(shape) else P()
-        raise ValueError(
+        raise UserError(
             f"no sharding rule matches {name!r} with shape {shape}: add a (regex, PartitionSpec) pair for it, or a "
             f"last rule ('.*', PartitionSpec()) that replicates what is left"
         )
@@ -116,7 +118,7 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
     """The NamedSharding of every leaf on this mesh, by `specs`.
 
     A dimension that its mesh axes do not divide (9 heads on tensor=8) is replicated instead: nothing changes but
-    memory. ValueError for a rule that names an axis which the mesh does not have.
+    memory. UserError for a rule that names an axis which the mesh does not have.
     """
 
     def place(leaf: Any, spec: P) -> NamedSharding:
@@ -136,7 +138,7 @@ def ways(axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     unknown = [name for name in names if name not in mesh.shape]
     if unknown:
-        raise ValueError(f"a sharding rule names the axis {unknown[0]!r}, but the mesh has {tuple(mesh.shape)}")
+        raise UserError(f"a sharding rule names the axis {unknown[0]!r}, but the mesh has {tuple(mesh.shape)}")
     return math.prod(mesh.shape[name] for name in names)
 
 
@@ -148,7 +150,7 @@ def ways_here(axes: tuple[str, ...]) -> int:
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """The NamedSharding of every array of a batch: rows (the first axis) over data and fsdp, tokens (the last axis
-    of at least two) over context. Leaves need only a shape. ValueError where rows or tokens cannot be split evenly.
+    of at least two) over context. Leaves need only a shape. UserError where rows or tokens cannot be split evenly.
     """
 
     def place(path: Any, leaf: Any) -> NamedSharding:
@@ -157,7 +159,7 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
         for size, axis in zip(shape, axes, strict=True):
             if size % ways(axis, mesh):
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(
+                raise UserError(
                     f"{name!r} with shape {shape} cannot be split evenly: {size} over the mesh axes {axis} of "
                     f"{ways(axis, mesh)} devices; change the batch or sequence length, or the mesh {dict(mesh.shape)}"
                 )
@@ -182,7 +184,7 @@ def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:
 
 
 def in_host_memory(tree: Any) -> Any:
-    """Arrays moved to the pinned memory of their devices' host, sharded as they were. ValueError for devices without.
+    """Arrays moved to the pinned memory of their devices' host, sharded as they were. UserError for devices without.
 
     Inside `jit` they can be arguments, and nothing else than `in_device_memory` can be done with them.
     """
@@ -191,9 +193,7 @@ def in_host_memory(tree: Any) -> Any:
         device = next(iter(x.sharding.device_set))
         kinds = [memory.kind for memory in device.addressable_memories()]
         if "pinned_host" not in kinds:
-            raise ValueError(
-                f"{device} cannot reach pinned host memory (it has {kinds}): keep everything on the device"
-            )
+            raise UserError(f"{device} cannot reach pinned host memory (it has {kinds}): keep everything on the device")
         return jax.device_put(x, x.sharding.with_memory_kind("pinned_host"))
 
     return jax.tree.map(one, tree)

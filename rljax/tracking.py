@@ -36,6 +36,7 @@ import numpy as np
 from rich.console import Console
 
 from rljax import distributed, progress, traces
+from rljax.errors import UserError
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
 
@@ -109,13 +110,13 @@ class Tracker:
         if self._pending is not None and step != self._pending[0]:
             self._write_pending()
         if step <= self._last_step:
-            raise ValueError(f"Step {step} was logged already: the last one written is {self._last_step}")
+            raise UserError(f"Step {step} was logged already: the last one written is {self._last_step}")
         if self._pending is None and prefix == "" and self._trace.step(named):
             self.status(f"traced: tensorboard --logdir {self._trace.folder} (Profile)")
         _, before, counted = self._pending or (step, {}, None)
         twice = sorted(({"step"} | set(before)) & set(named))
         if twice:
-            raise ValueError(f"Step {step} has {twice} twice; log a metric once per step, or give a prefix")
+            raise UserError(f"Step {step} has {twice} twice; log a metric once per step, or give a prefix")
         if self._writes:
             for leaf in jax.tree.leaves(named):
                 if isinstance(leaf, jax.Array):
@@ -284,7 +285,7 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], int]]:
         except (ValueError, KeyError, TypeError) as error:
             if index == len(lines) - 1:
                 return
-            raise ValueError(f"{path}:{index + 1} is no record of a run ({error}); delete that line") from error
+            raise UserError(f"{path}:{index + 1} is no record of a run ({error}); delete that line") from error
         if line.endswith(b"\n"):
             yield row, end
 
@@ -300,7 +301,7 @@ def _open_wandb(folder: pathlib.Path, project: str, config: Mapping[str, Any] | 
     try:
         import wandb
     except ImportError as error:
-        raise ValueError('wandb is not installed: run `pip install "rljax[wandb]"`, or leave --wandb out') from error
+        raise UserError('wandb is not installed: run `pip install "rljax[wandb]"`, or leave --wandb out') from error
     kept = folder / "wandb.json"
     if not kept.exists():
         write_json(kept, {"project": project, "id": secrets.token_hex(4)})
@@ -323,7 +324,7 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"{folder} is in use by process {file.read().strip() or '?'}: two must not write to one run. "
                 f"Wait for it, end it, or give this run another name."
             ) from error

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rljax.errors import UserError
 from rljax.sharding import in_device_memory
 from rljax.types import LossFn, Mean, Metrics, Params, TrainState
 
@@ -54,7 +55,7 @@ def update_step(
 ) -> Update:
     """`make_update` before `jit`: for use inside a larger compiled function."""
     if microbatches < 1:
-        raise ValueError(f"microbatches must be at least 1, got {microbatches}")
+        raise UserError(f"microbatches must be at least 1, got {microbatches}")
 
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         loss, metrics, grads = _sum_over_microbatches(loss_fn, state.params, batch, microbatches, together)
@@ -96,7 +97,7 @@ def epochs_step(
     All leaves of the batch with the same number of rows are permuted alike. A batch used whole is not permuted.
     """
     if epochs < 1 or minibatches < 1:
-        raise ValueError(f"epochs={epochs} and minibatches={minibatches} must be at least 1")
+        raise UserError(f"epochs={epochs} and minibatches={minibatches} must be at least 1")
 
     def counted(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         state, metrics = update(state, batch if prepare is None else prepare(batch))
@@ -141,7 +142,7 @@ def _minibatch(batch: Any, minibatches: int, together: int, key: Array, epoch: A
         if minibatches == 1:
             return x
         if x.shape[0] % (minibatches * together):
-            raise ValueError(
+            raise UserError(
                 f"{x.shape[0]} rows cannot be cut into minibatches={minibatches} equal parts"
                 + (f" with {together} neighbours together" if together > 1 else "")
             )
@@ -238,7 +239,7 @@ def _cut(x: Array, pieces: int, together: int) -> Array:
     stays together, from the i-th on: with rows sharded over devices none moves.
     """
     if x.ndim == 0 or x.shape[0] % (pieces * together):
-        raise ValueError(
+        raise UserError(
             f"a batch leaf of shape {x.shape} cannot be cut into {pieces} microbatches, {together} rows together: "
             "choose a number of microbatches that divides the batch's rows"
         )
@@ -307,7 +308,7 @@ def cosine(peak: float, steps: int, *, warmup: int = 0, end: float = 0.0) -> opt
 
 def _after_warmup(schedule: optax.Schedule, peak: float, steps: int, warmup: int) -> optax.Schedule:
     if not 0 <= warmup < max(steps, 1):
-        raise ValueError(f"warmup={warmup} must be at least 0 and less than the {steps} updates of the run")
+        raise UserError(f"warmup={warmup} must be at least 0 and less than the {steps} updates of the run")
     if warmup == 0:
         return schedule
     # Step 0 already learns a little: a first update at rate 0 would be a wasted batch.

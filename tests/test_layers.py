@@ -10,6 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "rljax"
 
 LEVELS = [
+    {"errors"},
     {"__init__", "types"},
     {"ops"},
     {"losses"},
@@ -55,7 +56,7 @@ ONLY_IN = {
     "rouge_score": {"rewards"},
     "vaderSentiment": {"rewards"},
 }
-MATHEMATICS = {"types", "ops", "losses", "advantages", "shaping"}
+MATHEMATICS = {"errors", "types", "ops", "losses", "advantages", "shaping"}
 ALLOWED_IN_MATHEMATICS = {"jax", "jaxtyping", "chex", "rljax"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

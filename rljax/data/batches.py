@@ -11,6 +11,7 @@ import numpy as np
 from rljax.data.examples import Comparison, Example
 from rljax.data.progress import track
 from rljax.data.rows import Row, Rows
+from rljax.errors import UserError
 from rljax.types import ComparisonBatch, Tokens
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def pad(examples: Sequence[Example | Packed | None], length: int, *, prompt: int
         for segment, example in enumerate(_documents(item), start=1):
             end = at + len(example.ids)
             if end > length:
-                raise ValueError(
+                raise UserError(
                     f"pad: {end} tokens do not fit in rows of length={length}; cut the examples, or give a longer "
                     "length"
                 )
@@ -62,7 +63,7 @@ def _start(item: Example | Packed | None, prompt: int) -> int:
         return 0
     if not isinstance(item, Example) or item.prompt > prompt:
         what = f"a prompt of {item.prompt} tokens" if isinstance(item, Example) else "a packed row"
-        raise ValueError(f"pad: {what} does not fit in prompt={prompt} columns; cut prompts, or give more columns")
+        raise UserError(f"pad: {what} does not fit in prompt={prompt} columns; cut prompts, or give more columns")
     return prompt - item.prompt
 
 
@@ -86,7 +87,7 @@ def pack(examples: Sequence[Example], length: int, *, window: int = 1000, trunca
     """
     too_long = next((i for i, example in enumerate(examples) if len(example.ids) > length), None)
     if too_long is not None and not truncate:
-        raise ValueError(
+        raise UserError(
             f"pack: document {too_long} has {len(examples[too_long].ids)} tokens and rows hold length={length}; "
             "raise the length, or allow documents to be cut with truncate=True"
         )
@@ -95,7 +96,7 @@ def pack(examples: Sequence[Example], length: int, *, window: int = 1000, trunca
     for start in range(0, len(cut), window):
         rows += _first_fit([e for e in cut[start : start + window] if e.mask.any()], length)
     if not rows:
-        raise ValueError(f"pack: none of the {len(examples)} documents has a trained token within {length} tokens")
+        raise UserError(f"pack: none of the {len(examples)} documents has a trained token within {length} tokens")
     return rows
 
 
@@ -135,7 +136,7 @@ def collate_comparison(examples: Sequence[Comparison | None], length: int, k: in
     rows: list[Example | None] = []
     for item in examples:
         if item is not None and len(item.examples) != k:
-            raise ValueError(
+            raise UserError(
                 f"a row has {len(item.examples)} completions and the batch k={k}; every row must have the same number"
             )
         rows += [None] * k if item is None else item.examples

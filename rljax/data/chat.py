@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rljax.errors import UserError
+
 Message = dict[str, Any]
 Span = tuple[int, int]  # characters start..end of a rendered dialogue
 
@@ -14,7 +16,7 @@ Span = tuple[int, int]  # characters start..end of a rendered dialogue
 def render(messages: Sequence[Message], tokenizer: Any, *, generation_prompt: bool = False) -> str:
     """The dialogue as text; with `generation_prompt` up to where the assistant's next answer begins.
 
-    Raises ValueError for a tokenizer without chat template, and where the template refuses the messages.
+    Raises UserError for a tokenizer without chat template, and where the template refuses the messages.
     """
     template = _template(tokenizer)
     try:
@@ -25,7 +27,7 @@ def render(messages: Sequence[Message], tokenizer: Any, *, generation_prompt: bo
         raise
     except Exception as error:  # jinja's own classes, and whatever a template's filters raise on a missing field
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(f"the chat template refuses messages of the roles {roles}: {error}") from error
+        raise UserError(f"the chat template refuses messages of the roles {roles}: {error}") from error
 
 
 def spans(messages: Sequence[Message], tokenizer: Any, *, first: int = 0) -> tuple[str, list[Span]]:
@@ -37,7 +39,7 @@ def spans(messages: Sequence[Message], tokenizer: Any, *, first: int = 0) -> tup
       - rendering again with placeholders for the contents: exact, and verified, for every template that copies contents
         verbatim or stripped;
       - rendering turn by turn, for templates that rewrite contents (as Qwen3's does with thoughts): exact where each
-        rendering is the beginning of the whole, and a ValueError where it is not.
+        rendering is the beginning of the whole, and a UserError where it is not.
     """
     text = render(messages, tokenizer)
     ours = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
@@ -46,7 +48,7 @@ def spans(messages: Sequence[Message], tokenizer: Any, *, first: int = 0) -> tup
     prompts = [_prompt(messages[:i], tokenizer, text) for i in ours]
     found = _by_placeholders(messages, ours, tokenizer, text) or _by_turns(messages, ours, prompts, tokenizer, text)
     if found is None:
-        raise ValueError(
+        raise UserError(
             "the chat template rewrites earlier turns when the dialogue goes on, so the assistant's tokens cannot be "
             "told from the others: put {% generation %} … {% endgeneration %} around the assistant's turns in "
             "tokenizer.chat_template, or give rows of one answer each ('prompt' and 'completion')"
@@ -77,7 +79,7 @@ def _special_pattern(tokenizer: Any, _size: int) -> re.Pattern[str]:
 
 def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no chat template, which rows with "
             "messages need: start from a chat (instruct) checkpoint, set tokenizer.chat_template, or give prompts and "
             "completions as texts"
@@ -99,9 +101,7 @@ def _marked(messages: Sequence[Message], tokenizer: Any, text: str) -> list[Span
         **tokenizer.special_tokens_map,
     )
     if rendered[0] != text:
-        raise ValueError(
-            "the chat template's {% generation %} marks change the text that it renders; mend the template"
-        )
+        raise UserError("the chat template's {% generation %} marks change the text that it renders; mend the template")
     return [(int(start), int(end)) for start, end in marks[0]]  # pyright: ignore[reportGeneralTypeIssues]
 
 

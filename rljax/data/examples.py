@@ -25,6 +25,7 @@ import numpy as np
 from rljax.data import chat, forms
 from rljax.data.forms import Text
 from rljax.data.rows import Row
+from rljax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ def _answer(start: _Prompt, prompt: Any, completion: Any, tokenizer: Any) -> tup
     text = start.text
     whole, spans = chat.spans([*prompt, *completion], tokenizer, first=len(prompt))
     if not whole.startswith(text):
-        raise ValueError(
+        raise UserError(
             "the chat template's generation prompt is not how it begins an answer, so training would not see what "
             f"generation sees: the prompt ends in {text[-40:]!r}, where the dialogue has {whole[: len(text)][-40:]!r}; "
             "mend tokenizer.chat_template, or give prompts and completions as texts"
@@ -266,7 +267,7 @@ def _example(ids: Any, mask: Any, prompt: int = 0) -> Example:
 
 def _eos(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise UserError(
             f"the tokenizer of {tokenizer.name_or_path or 'this model'!r} has no end-of-sequence token, so no "
             "completion could end: set tokenizer.eos_token"
         )
@@ -276,4 +277,4 @@ def _eos(tokenizer: Any) -> int:
 def _at_least_one(**limits: int | None) -> None:
     for name, limit in limits.items():
         if limit is not None and limit < 1:
-            raise ValueError(f"{name}={limit} leaves no token; give at least 1, or None for no limit")
+            raise UserError(f"{name}={limit} leaves no token; give at least 1, or None for no limit")

@@ -1,6 +1,6 @@
 """The forms of rows: what each kind of training needs of a row, checked, and brought to one shape.
 
-Each `*_row` is a pure function from a row as it was read to a plain one. It raises ValueError with what is wrong with
+Each `*_row` is a pure function from a row as it was read to a plain one. It raises UserError with what is wrong with
 which field; `Rows.apply` and `check` put the file and line before it.
 
 A prompt or completion is a text, or messages ([{"role": "user", "content": …}, …]) for the tokenizer's chat template.
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rljax.data.rows import Row, Rows, shown
+from rljax.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the dialogues of Anthropic's hh-rlhf
 Text = str | list[dict[str, Any]]
@@ -43,7 +44,7 @@ def chat_row(row: Row) -> dict[str, Any]:
     """{"messages": [...]} with at least one message of the assistant."""
     messages = _messages(row, "messages", _need(row, "messages"))
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("field 'messages' has no message of the role 'assistant', so there is nothing to train on")
+        raise UserError("field 'messages' has no message of the role 'assistant', so there is nothing to train on")
     return {"messages": messages}
 
 
@@ -66,11 +67,11 @@ def preference_row(row: Row) -> dict[str, Any]:
             shared, chosen, rejected = _shared_beginning(chosen, rejected)
             prompt = shared if isinstance(prompt, str) else prompt
             if prompt != shared:
-                raise ValueError(
+                raise UserError(
                     "fields 'chosen' and 'rejected' are whole dialogues that do not begin with the 'prompt'"
                 )
         if isinstance(chosen, list) != isinstance(rejected, list):
-            raise ValueError("fields 'chosen' and 'rejected' must be of one kind: two texts or two lists of messages")
+            raise UserError("fields 'chosen' and 'rejected' must be of one kind: two texts or two lists of messages")
     (_, chosen), (prompt, rejected) = _same_kind(prompt, chosen), _same_kind(prompt, rejected)
     sides = {"chosen": _answer("chosen", chosen), "rejected": _answer("rejected", rejected)}
     return {"prompt": prompt, **sides, "margin": _margin(row)}
@@ -81,7 +82,7 @@ def unpaired_row(row: Row) -> dict[str, Any]:
     needs = _need(row, "prompt", "completion", "label")
     label = row["label"]
     if not (isinstance(label, (bool, np.bool_)) or (isinstance(label, (int, np.integer)) and label in (0, 1))):
-        raise ValueError(f"field 'label' must be true or false, not {shown(label)}; {needs}")
+        raise UserError(f"field 'label' must be true or false, not {shown(label)}; {needs}")
     return {**completion_row(row), "label": bool(label)}
 
 
@@ -98,16 +99,16 @@ def comparison_row(row: Row) -> dict[str, Any]:
     needs = _need(row, "prompt", "completions", "best")
     completions, best = row["completions"], row["best"]
     if not isinstance(completions, (list, tuple)) or len(completions) < 2:
-        raise ValueError(
+        raise UserError(
             f"field 'completions' must be a list of at least two completions, not {shown(completions)}; {needs}"
         )
     if isinstance(best, bool) or not isinstance(best, (int, np.integer)) or not 0 <= best < len(completions):
-        raise ValueError(
+        raise UserError(
             f"field 'best' must be a position in 'completions' (0 to {len(completions) - 1}), not {shown(best)}"
         )
     pairs = [completion_row({"prompt": row["prompt"], "completion": completion}) for completion in completions]
     if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:
-        raise ValueError("field 'completions' mixes texts and messages; give one kind")
+        raise UserError("field 'completions' mixes texts and messages; give one kind")
     answers = [pair["completion"] for pair in pairs]
     return {"prompt": pairs[0]["prompt"], "completions": answers, "best": int(best), "margin": _margin(row)}
 
@@ -127,7 +128,7 @@ def hh_row(row: Row, *, chat: bool = False) -> dict[str, Any]:
     shared = chosen[: sum(1 for _ in same)]
     end = shared.rfind(ASSISTANT) + len(ASSISTANT)
     if end < len(ASSISTANT):
-        raise ValueError(
+        raise UserError(
             "there is no field 'prompt', and 'chosen' and 'rejected' do not share a dialogue that ends in "
             "'\\n\\nAssistant:': give a 'prompt', or dialogues as in hh-rlhf, or as lists of messages"
         )
@@ -175,7 +176,7 @@ def _need(row: Row, *fields: str) -> str:
     for field in fields:
         if row.get(field) is None:
             found = ", ".join(map(repr, row)) or "no fields"
-            raise ValueError(
+            raise UserError(
                 f"field {field!r} is {'null' if field in row else 'missing'}; {needs} (this row has {found})"
             )
     return needs
@@ -183,7 +184,7 @@ def _need(row: Row, *fields: str) -> str:
 
 def _text(row: Row, field: str, needs: str) -> str:
     if not isinstance(row[field], str):
-        raise ValueError(f"field {field!r} must be a text, not {shown(row[field])}; {needs}")
+        raise UserError(f"field {field!r} must be a text, not {shown(row[field])}; {needs}")
     return row[field]
 
 
@@ -191,21 +192,19 @@ def _either(row: Row, field: str, needs: str) -> Text:
     if isinstance(row[field], str):
         return row[field]
     if not isinstance(row[field], Sequence):
-        raise ValueError(f"field {field!r} must be a text or a list of messages, not {shown(row[field])}; {needs}")
+        raise UserError(f"field {field!r} must be a text or a list of messages, not {shown(row[field])}; {needs}")
     return _messages(row, field, needs)
 
 
 def _messages(row: Row, field: str, needs: str) -> list[dict[str, Any]]:
     value = row[field]
     if isinstance(value, str) or not isinstance(value, Sequence) or not len(value):
-        raise ValueError(f"field {field!r} must be a list of messages that is not empty, not {shown(value)}; {needs}")
+        raise UserError(f"field {field!r} must be a list of messages that is not empty, not {shown(value)}; {needs}")
     for i, message in enumerate(value):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         calls = isinstance(message, Mapping) and content is None and message.get("tool_calls")
         if not isinstance(role, str) or not (isinstance(content, str) or calls):
-            raise ValueError(
-                f"field {field!r}: message {i} is {shown(message)}; {MESSAGE_FIELDS}, with text as content"
-            )
+            raise UserError(f"field {field!r}: message {i} is {shown(message)}; {MESSAGE_FIELDS}, with text as content")
     return [dict(message) for message in value]
 
 
@@ -220,21 +219,19 @@ def _same_kind(prompt: Text, completion: Text) -> tuple[Text, Text]:
 
 def _answer(field: str, completion: Text) -> Text:
     if isinstance(completion, list) and completion[0]["role"] != "assistant":
-        raise ValueError(
-            f"field {field!r} must begin with a message of the assistant, not of {completion[0]['role']!r}"
-        )
+        raise UserError(f"field {field!r} must begin with a message of the assistant, not of {completion[0]['role']!r}")
     return completion
 
 
 def _shared_beginning(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Two whole dialogues as messages -> what they share, and how each goes on."""
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        raise ValueError("fields 'chosen' and 'rejected' must be of one kind: two texts or two lists of messages")
+        raise UserError("fields 'chosen' and 'rejected' must be of one kind: two texts or two lists of messages")
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     if not shared:
-        raise ValueError("there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
+        raise UserError("there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
@@ -242,5 +239,5 @@ def _margin(row: Row) -> float:
     margin = row.get("margin")
     margin = 0.0 if margin is None else margin
     if isinstance(margin, bool) or not isinstance(margin, (int, float, np.number)) or not math.isfinite(margin):
-        raise ValueError(f"field 'margin' must be a finite number, not {shown(margin)}")
+        raise UserError(f"field 'margin' must be a finite number, not {shown(margin)}")
     return float(margin)

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rljax.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -55,7 +57,7 @@ def eval_batches(n: int, batch: int, here: np.ndarray | None = None) -> list[np.
 
 def _check(n: int, batch: int) -> None:
     if n < 1 or batch < 1:
-        raise ValueError(f"a batch of {batch} of {n} rows: both must be at least 1")
+        raise UserError(f"a batch of {batch} of {n} rows: both must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,7 @@ def prefetch(function: Callable[[int], T], start: int, stop: int, ahead: int = 2
     the thread; the interpreter never waits for it.
     """
     if ahead < 1:
-        raise ValueError(f"prefetch: ahead={ahead} must be at least 1")
+        raise UserError(f"prefetch: ahead={ahead} must be at least 1")
     ready: queue.Queue[tuple[int, Any, BaseException | None]] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
     worker = threading.Thread(

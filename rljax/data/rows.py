@@ -16,6 +16,7 @@ from typing import Any, SupportsIndex, overload
 import numpy as np
 
 from rljax.data.progress import track
+from rljax.errors import UserError
 
 Row = Mapping[str, Any]
 
@@ -24,7 +25,7 @@ class Rows(Sequence[Row]):
     """A data set: `len`, `rows[i]`, slices, `select`, `map`, and `where(i)`, which names row i in messages.
 
     Nothing is read before it is asked for, and nothing read is kept, so that a data set need not fit in memory.
-    Reading is safe from several threads. A row that cannot be read raises a ValueError that says where it is and what
+    Reading is safe from several threads. A row that cannot be read raises a UserError that says where it is and what
     is wrong.
     """
 
@@ -64,15 +65,15 @@ class Rows(Sequence[Row]):
         return Rows(lambda i: self.apply(function, i), self._size, self._where)
 
     def apply(self, function: Callable[[Row], Any], index: SupportsIndex) -> Any:
-        """function(rows[index]), with the row's place put before the message of a ValueError, KeyError or TypeError."""
+        """function(rows[index]), with the row's place put before the message of a UserError, KeyError or TypeError."""
         row = self[index]
         try:
             return function(row)
         except KeyError as error:
             found = ", ".join(map(repr, row)) or "no fields"
-            raise ValueError(f"{self.where(index)}: field {error} is missing (this row has {found})") from error
+            raise UserError(f"{self.where(index)}: field {error} is missing (this row has {found})") from error
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
+            raise UserError(f"{self.where(index)}: {error}") from error
 
     def _position(self, index: SupportsIndex) -> int:
         position = operator.index(index)
@@ -86,7 +87,7 @@ def in_memory(source: Sequence[Any], where: Callable[[int], str] = "rows[{}]".fo
 
     def read(i: int) -> Row:
         if not isinstance(row := source[i], Mapping):
-            raise ValueError(f"{where(i)}: a row must be an object with named fields; this is {shown(row)}")
+            raise UserError(f"{where(i)}: a row must be an object with named fields; this is {shown(row)}")
         return row
 
     return Rows(read, len(source), where)
@@ -101,7 +102,7 @@ def shown(value: Any, limit: int = 60) -> str:
 def check(rows: Rows, form: Callable[[Row], Any]) -> None:
     """Read every row once and put it through `form` (see forms.py), so that mistakes surface before training starts.
 
-    Raises the ValueError of the first bad row, which names its file, line and field.
+    Raises the UserError of the first bad row, which names its file, line and field.
     """
     for i in track(range(len(rows)), "checking rows", len(rows)):
         rows.apply(form, i)
@@ -135,12 +136,12 @@ def split(rows: Rows, *, fraction: float | None = None, count: int | None = None
 
     n = len(rows)
     if (fraction is None) == (count is None):
-        raise ValueError(f"split takes either fraction or count; got fraction={fraction}, count={count}")
+        raise UserError(f"split takes either fraction or count; got fraction={fraction}, count={count}")
     if fraction is not None and not 0 < fraction < 1:
-        raise ValueError(f"split: fraction={fraction} must lie strictly between 0 and 1")
+        raise UserError(f"split: fraction={fraction} must lie strictly between 0 and 1")
     held = max(1, round(n * fraction)) if fraction is not None else count or 0
     if not 0 < held < n:
-        raise ValueError(f"split: cannot hold out {held} of {n} rows: both parts need at least one; give another count")
+        raise UserError(f"split: cannot hold out {held} of {n} rows: both parts need at least one; give another count")
     order = shuffled(n, seed=seed, places=range(n))
     return rows.select(np.sort(order[held:])), rows.select(np.sort(order[:held]))
 
@@ -181,9 +182,7 @@ def _digest(total: Any, value: Any) -> None:
     elif value is None or isinstance(value, (bool, int, float)):
         total.update(f"{type(value).__name__}{value!r}:".encode())
     else:
-        raise ValueError(
-            f"fingerprint: cannot hash {shown(value)}; rows hold text, numbers, lists, mappings and arrays"
-        )
+        raise UserError(f"fingerprint: cannot hash {shown(value)}; rows hold text, numbers, lists, mappings and arrays")
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> pathlib.Path:
@@ -214,7 +213,7 @@ def _plain(value: Any) -> Any:
     """numpy as JSON."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
-    raise ValueError(f"write_jsonl: cannot write {shown(value)} as JSON")
+    raise UserError(f"write_jsonl: cannot write {shown(value)} as JSON")
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rljax.data.rows import Row, Rows, concatenate, in_memory, shown
+from rljax.errors import UserError
 
 GROUP_CACHE_BYTES = 2**30  # of decoded Parquet row groups kept in memory, per file
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "held_out")
@@ -51,16 +52,16 @@ def read(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]], *, split:
     if path.is_dir():
         return _folder(path, split)
     if split != "train":
-        raise ValueError(f"{path.name} is one file and has no split {split!r}: name the file of that split instead")
+        raise UserError(f"{path.name} is one file and has no split {split!r}: name the file of that split instead")
     return _file(path)
 
 
 def _file(path: pathlib.Path) -> Rows:
     reader = _reader(path)
     if not path.is_file():
-        raise ValueError(_missing(path))
+        raise UserError(_missing(path))
     if reader is None:
-        raise ValueError(
+        raise UserError(
             f"{path.name}: unknown kind of file; rljax reads .jsonl, .jsonl.gz, .json and .parquet files, folders of "
             "them, tfds:NAME and hf:OWNER/NAME"
         )
@@ -74,7 +75,7 @@ def _reader(path: pathlib.Path) -> Callable[[pathlib.Path], Rows] | None:
 
 def _not_empty(rows: Rows, name: str) -> Rows:
     if not len(rows):
-        raise ValueError(f"{name} is empty: a data set needs at least one row")
+        raise UserError(f"{name} is empty: a data set needs at least one row")
     return rows
 
 
@@ -93,13 +94,13 @@ def _missing(path: pathlib.Path) -> str:
 def _folder(path: pathlib.Path, split: str) -> Rows:
     files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
     if not files:
-        raise ValueError(f"{path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
+        raise UserError(f"{path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
     named = {file: re.split(r"[-._]", file.name)[0] for file in files}
     chosen = [file for file, name in named.items() if split in (name, re.split(r"[-.]", file.name)[0])]  # train_sft
     if not chosen and split == "train" and not any(name in SPLITS for name in named.values()):
         chosen = files  # nothing here is named after a split: the folder is one
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"{path}: no file of the split {split!r}; there are {', '.join(file.name for file in files[:8])}"
         )
     return concatenate([_file(file) for file in chosen])
@@ -121,11 +122,11 @@ def _jsonl(path: pathlib.Path) -> Rows:
         try:
             row = json.loads(line.decode("utf-8-sig" if numbers[i] == 1 else "utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where(i)}: not valid JSON at column {error.colno}: {error.msg}") from error
+            raise UserError(f"{where(i)}: not valid JSON at column {error.colno}: {error.msg}") from error
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where(i)}: not UTF-8 at byte {error.start + 1} of the line: {error.reason}") from error
+            raise UserError(f"{where(i)}: not UTF-8 at byte {error.start + 1} of the line: {error.reason}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"{where(i)}: a row must be a JSON object with named fields; this is {shown(row)}")
+            raise UserError(f"{where(i)}: a row must be a JSON object with named fields; this is {shown(row)}")
         return row
 
     return Rows(parse, len(starts), where)
@@ -136,7 +137,7 @@ def _bytes(path: pathlib.Path) -> bytes | mmap.mmap:
         try:
             return gzip.decompress(path.read_bytes())
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path.name}: not a whole gzip file ({error}); download it again") from error
+            raise UserError(f"{path.name}: not a whole gzip file ({error}); download it again") from error
     if not path.stat().st_size:
         return b""
     with path.open("rb") as file:  # the mapping outlives the open file
@@ -162,11 +163,11 @@ def _json(path: pathlib.Path) -> Rows:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from error
+        raise UserError(f"{path.name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+        raise UserError(f"{path.name}: not UTF-8 at byte {error.start + 1}: {error.reason}") from error
     if not isinstance(rows, list):
-        raise ValueError(f"{path.name}: must be a list of objects; this is {shown(rows)} (JSON lines are named .jsonl)")
+        raise UserError(f"{path.name}: must be a list of objects; this is {shown(rows)} (JSON lines are named .jsonl)")
     return in_memory(rows, where=lambda i: f"{path.name}[{i}]")
 
 
@@ -181,7 +182,7 @@ def _parquet(path: pathlib.Path) -> Rows:
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path.name}: not a readable Parquet file ({error})") from error
+        raise UserError(f"{path.name}: not a readable Parquet file ({error})") from error
     meta = file.metadata
     starts = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
     lock, groups = threading.Lock(), collections.OrderedDict()
@@ -218,7 +219,7 @@ def _tfds(name: str, split: str) -> Rows:
             label = f"tfds:{name}"
     except (ValueError, OSError, RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"tfds:{name} (split {split!r}): {reason} TFDS data sets are read from a folder of prepared array_record "
             "files (TFDS_DATA_DIR, or ~/tensorflow_datasets). Prepare one, in an environment that has TensorFlow, with "
             f"`tfds build {name} --file_format=array_record`, or name its folder: tfds:/path/to/NAME/VERSION"
@@ -231,12 +232,12 @@ def _hugging_face(name: str, split: str) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"hf:{name} needs the extra `datasets`: pip install 'rljax[datasets]'") from error
+        raise UserError(f"hf:{name} needs the extra `datasets`: pip install 'rljax[datasets]'") from error
     repository, _, config = name.partition(":")
     try:
         source: Any = datasets.load_dataset(repository, config or None, split=split)
     except (ValueError, OSError) as error:  # unknown name, configuration or split; no network
-        raise ValueError(f"hf:{name} (split {split!r}): {error}") from error
+        raise UserError(f"hf:{name} (split {split!r}): {error}") from error
     where = f"hf:{name} {split}[{{}}]".format
     return Rows(lambda i: _row(source[i], where(i)), len(source), where)
 
@@ -251,7 +252,7 @@ def _plain(value: Any, where: str) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: a text is not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+            raise UserError(f"{where}: a text is not UTF-8 at byte {error.start + 1}: {error.reason}") from error
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value
     if isinstance(value, np.generic):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from rljax.errors import UserError
+
 MAX_CHARACTERS, MAX_DEPTH = 200, 20  # of an expression: they bound its value and the time that it takes
 _TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]*)?|\.[0-9]+)|([-+*/()]))")
 
@@ -25,21 +27,21 @@ def shown(value: Fraction) -> str:
 def evaluate(expression: str) -> Fraction:
     """The exact value of an expression of numbers, + - * / and parentheses. Nothing else is understood.
 
-    Raises ValueError for anything else, a division by zero, and expressions that are too long or too deep.
+    Raises UserError for anything else, a division by zero, and expressions that are too long or too deep.
     """
     if len(expression) > MAX_CHARACTERS:
-        raise ValueError(f"an expression has at most {MAX_CHARACTERS} characters")
+        raise UserError(f"an expression has at most {MAX_CHARACTERS} characters")
     tokens, at = [], 0
     text = expression.strip()
     while at < len(text):
         match = _TOKEN.match(text, at)
         if match is None:
-            raise ValueError(f"{text[at:].strip()[0]!r} is not understood")
+            raise UserError(f"{text[at:].strip()[0]!r} is not understood")
         tokens.append(match.group().strip())
         at = match.end()
     value, at = _sum([*tokens, ""], 0, 0)
     if at < len(tokens):
-        raise ValueError(f"{tokens[at]!r} is not expected there")
+        raise UserError(f"{tokens[at]!r} is not expected there")
     return value
 
 
@@ -62,7 +64,7 @@ def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
         sign = tokens[at]
         other, at = _factor(tokens, at + 1, depth)
         if sign == "/" and other == 0:
-            raise ValueError("division by zero")
+            raise UserError("division by zero")
         value = value * other if sign == "*" else value / other
     return value, at
 
@@ -70,15 +72,15 @@ def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
 def _factor(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
     token = tokens[at]
     if depth > MAX_DEPTH:
-        raise ValueError(f"parentheses and signs stand at most {MAX_DEPTH} deep")
+        raise UserError(f"parentheses and signs stand at most {MAX_DEPTH} deep")
     if token in ("+", "-"):
         value, at = _factor(tokens, at + 1, depth + 1)
         return (-value if token == "-" else value), at
     if token == "(":
         value, at = _sum(tokens, at + 1, depth + 1)
         if tokens[at] != ")":
-            raise ValueError("a parenthesis is not closed")
+            raise UserError("a parenthesis is not closed")
         return value, at + 1
     if not token or token in "*/)":
-        raise ValueError("a number is missing")
+        raise UserError("a number is missing")
     return Fraction(token), at + 1

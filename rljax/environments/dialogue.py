@@ -11,6 +11,7 @@ import numpy as np
 from rljax.data import Row
 from rljax.environments.prompts import Reward, host_rewards, judge
 from rljax.environments.turns import Environment, Text, Turn, message
+from rljax.errors import UserError
 
 CATEGORIES = ("tech_support", "conversations")
 SYSTEM = "You are a friendly customer service agent. Answer the customer in one sentence."
@@ -35,9 +36,9 @@ def customer_service(reward: Reward, *, chat: bool = False, system: str = SYSTEM
         del seed
         turns = row.get("turns")
         if isinstance(turns, str) or not isinstance(turns, Sequence) or not all(isinstance(t, str) for t in turns):
-            raise ValueError(f"customer service needs rows with 'turns', a list of texts, not {turns!r}")
+            raise UserError(f"customer service needs rows with 'turns', a list of texts, not {turns!r}")
         if len(turns) < 2:
-            raise ValueError(f"a conversation begins with a customer and an agent; 'turns' has {len(turns)} texts")
+            raise UserError(f"a conversation begins with a customer and an agent; 'turns' has {len(turns)} texts")
         talk = _Talk(tuple(turns[: len(turns) // 2 * 2]), 0)
         if chat:
             opening = [message(talk.turns[0])]
@@ -73,13 +74,13 @@ def conversations(categories: Sequence[str] = CATEGORIES, *, language: str = "en
     except ImportError as error:
         raise ImportError('conversations needs the corpus: pip install "rljax[environments]"') from error
     if not folder.is_dir():
-        raise ValueError(f"chatterbot-corpus has no language {language!r}")
+        raise UserError(f"chatterbot-corpus has no language {language!r}")
     found: dict[tuple[str, ...], None] = {}
     for category in categories:
         file = folder / f"{category}.yml"
         if not file.is_file():
             names = ", ".join(sorted(one.name.removesuffix(".yml") for one in folder.iterdir()))
-            raise ValueError(f"chatterbot-corpus has no category {category!r} in {language}: choose of {names}")
+            raise UserError(f"chatterbot-corpus has no category {category!r} in {language}: choose of {names}")
         # BaseLoader builds texts, lists and mappings only: a plain "Yes" stays a text.
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         talks = [talk for talk in content["conversations"] if isinstance(talk, list) and len(talk) > 1]

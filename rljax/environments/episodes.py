@@ -18,6 +18,7 @@ from rljax.environments.actions import Action
 from rljax.environments.calls import Failure, call_all
 from rljax.environments.transcripts import Transcript
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
+from rljax.errors import UserError
 from rljax.policy import Policy
 from rljax.rewards.core import described
 from rljax.types import Rollout, Tokens
@@ -150,14 +151,14 @@ def play_against(
 
 def _check(policies: Sequence[Policy], game: Game, limits: _Limits) -> None:
     if len(policies) != game.players:
-        raise ValueError(f"the game has {game.players} players, and there are {len(policies)} policies: give one each")
+        raise UserError(f"the game has {game.players} players, and there are {len(policies)} policies: give one each")
     if game.max_turns < 1 or limits.max_new_tokens < 1 or limits.max_prompt < 1:
-        raise ValueError(
+        raise UserError(
             f"max_turns={game.max_turns}, max_new_tokens={limits.max_new_tokens} and max_prompt={limits.max_prompt} "
             "must be at least 1"
         )
     if limits.max_length <= limits.max_prompt:
-        raise ValueError(
+        raise UserError(
             f"max_length={limits.max_length} tokens are those of the whole row, max_prompt={limits.max_prompt} among "
             "them: nothing is left for actions; give more"
         )
@@ -190,7 +191,7 @@ def _reset(
         number = int(np.random.SeedSequence([seed, int(numbers[index])]).generate_state(1)[0])
         state, prompts = game.reset(rows[index], number)
         if len(prompts) != game.players:
-            raise ValueError(f"reset gave {len(prompts)} prompts for {game.players} players")
+            raise UserError(f"reset gave {len(prompts)} prompts for {game.players} players")
         try:
             states = [state, *(copy.deepcopy(state) for _ in range(n - 1))]
         except Exception:  # it holds a connection, a lock, …
@@ -215,7 +216,7 @@ def _read(episode: _Episode, player: int, policy: Policy, limits: _Limits) -> _E
     try:
         read = transcripts.read(now, policy.tokenizer, max_prompt=limits.max_prompt, vocab=vocab)
     except Exception as error:  # ours, or whatever a tokenizer or template raises over a strange text
-        what = str(error) if type(error) is ValueError else described(error)
+        what = str(error) if type(error) is UserError else described(error)
         return episode._replace(failure=f"turn {now.actions}: {what}", over=True)
     return episode._replace(over=True) if _room(read, limits) < 1 else _with_player(episode, player, read)
 
@@ -252,14 +253,14 @@ def _step(game: Game, state: Any, player: int, action: Action) -> tuple[Any, Rou
     if not isinstance(answer, Round):
         raise TypeError(f"step must return (state, Round), not a {type(answer).__name__} beside the state")
     if len(answer.observations) != game.players or len(answer.rewards) != game.players:
-        raise ValueError(
+        raise UserError(
             f"step gave {len(answer.observations)} observations and {len(answer.rewards)} rewards for {game.players} "
             "players"
         )
     numbers = tuple(float(reward) for reward in (*answer.rewards, answer.shared))
     for reward in numbers:
         if not math.isfinite(reward):
-            raise ValueError(f"the reward is {reward}, not a finite number")
+            raise UserError(f"the reward is {reward}, not a finite number")
     return state, answer._replace(rewards=numbers[:-1], shared=numbers[-1], done=bool(answer.done))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rljax.data import Row
 from rljax.environments.turns import Environment, Text, Turn, message
+from rljax.errors import UserError
 
 
 class _Secret(NamedTuple):
@@ -41,7 +42,7 @@ def guessing(
     """
     places = {choice: i for i, choice in enumerate(choices)}
     if not choices or len(places) < len(choices):
-        raise ValueError(f"something is guessed among different choices, at least one; got {list(choices)}")
+        raise UserError(f"something is guessed among different choices, at least one; got {list(choices)}")
     longest = sorted(choices, key=len, reverse=True)
     word = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?!\w)")
 
@@ -50,7 +51,7 @@ def guessing(
         if secret is None:
             return _Secret(int(np.random.default_rng(seed).integers(len(choices)))), prompt
         if str(secret) not in places:
-            raise ValueError(f"the secret {secret!r} is none of the choices from {choices[0]} to {choices[-1]}")
+            raise UserError(f"the secret {secret!r} is none of the choices from {choices[0]} to {choices[-1]}")
         return _Secret(places[str(secret)]), prompt
 
     def step(secret: _Secret, text: str, ids: np.ndarray) -> tuple[_Secret, Turn]:

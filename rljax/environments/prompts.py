@@ -12,6 +12,7 @@ from rljax import rewards
 from rljax.data import Row, prompt_row
 from rljax.environments.calls import leave_if_given_up
 from rljax.environments.turns import Environment, Text, Turn
+from rljax.errors import UserError
 
 Reward = Callable[..., Any] | Sequence[Callable[..., Any]]
 
@@ -58,7 +59,7 @@ def question_answering(reward: Reward, *, prompt: Callable[[Row], Text] = questi
     def checked(row: Row) -> Text:
         for field in ("question", "answer"):
             if row.get(field) is None:
-                raise ValueError(f"question answering needs rows with 'question' and 'answer'; {field!r} is missing")
+                raise UserError(f"question answering needs rows with 'question' and 'answer'; {field!r} is missing")
         return prompt(row)
 
     return single_turn(reward, prompt=checked)
@@ -69,7 +70,7 @@ def host_rewards(reward: Reward) -> tuple[rewards.Reward, ...]:
     several = rewards.as_rewards(reward)
     for one in several:
         if one.on_device:
-            raise ValueError(
+            raise UserError(
                 f"the reward {one.name} is a JAX function of a batch of tokens, and an environment judges one text "
                 "at a time: give it a function of prompts and completions, or run without an environment"
             )

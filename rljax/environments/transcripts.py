@@ -18,6 +18,7 @@ import numpy as np
 
 from rljax.data import chat, prompt_ids, prompt_row
 from rljax.environments.turns import Text
+from rljax.errors import UserError
 
 Messages = list[dict[str, Any]]
 
@@ -60,7 +61,7 @@ def hear(transcript: Transcript, observation: Text) -> Transcript:
 def read(transcript: Transcript, tokenizer: Any, *, max_prompt: int, vocab: int) -> Transcript:
     """What was heard, as tokens: the player is about to act.
 
-    Prompts of more than `max_prompt` tokens keep their end. Raises ValueError for an observation that has no tokens, is
+    Prompts of more than `max_prompt` tokens keep their end. Raises UserError for an observation that has no tokens, is
     of the wrong kind, or holds ids that are not below `vocab`.
     """
     if not transcript.pieces:
@@ -75,7 +76,7 @@ def read(transcript: Transcript, tokenizer: Any, *, max_prompt: int, vocab: int)
             ids += [token for observation in observations for token in _plain(observation, tokenizer, vocab)]
         last = ids[-1] if ids else last
     if not ids:
-        raise ValueError("the observation has no tokens, so the policy would act twice without having read anything")
+        raise UserError("the observation has no tokens, so the policy would act twice without having read anything")
     return dataclasses.replace(
         transcript, pieces=(*transcript.pieces, Piece(_i32(ids))), heard=(), messages=tuple(messages)
     )
@@ -131,7 +132,7 @@ def _begin(transcript: Transcript, tokenizer: Any, max_prompt: int, vocab: int) 
     else:
         ids = _plain(prompt, tokenizer, vocab)[-room:]
     if not len(ids) + len(told):
-        raise ValueError("the prompt has no tokens: give the policy something to continue")
+        raise UserError("the prompt has no tokens: give the policy something to continue")
     return dataclasses.replace(transcript, pieces=(Piece(_i32([*ids, *told])),), heard=(), messages=messages)
 
 
@@ -140,12 +141,12 @@ def _plain(observation: Any, tokenizer: Any, vocab: int) -> list[int]:
     if isinstance(observation, str):
         return continuation_ids(observation, tokenizer)
     if isinstance(observation, list):
-        raise ValueError("messages can only follow an answer in a chat: answer with text, or begin with messages")
+        raise UserError("messages can only follow an answer in a chat: answer with text, or begin with messages")
     ids = np.asarray(observation)
     if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
-        raise ValueError(f"a prompt or observation is a text, messages, or a row of token ids, not {observation!r}")
+        raise UserError(f"a prompt or observation is a text, messages, or a row of token ids, not {observation!r}")
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab:
-        raise ValueError(f"token ids are from 0 to {vocab - 1}; the observation has {ids.min()} to {ids.max()}")
+        raise UserError(f"token ids are from 0 to {vocab - 1}; the observation has {ids.min()} to {ids.max()}")
     return ids.tolist()
 
 
@@ -154,7 +155,7 @@ def _messages(observation: Any) -> Messages:
     try:
         return prompt_row({"prompt": observation})["prompt"] if observation else []
     except ValueError as error:
-        raise ValueError(str(error).replace("field 'prompt'", "a prompt or observation")) from None
+        raise UserError(str(error).replace("field 'prompt'", "a prompt or observation")) from None
 
 
 def _delta(messages: Messages, new: Messages, tokenizer: Any, last: int) -> str:
@@ -164,7 +165,7 @@ def _delta(messages: Messages, new: Messages, tokenizer: Any, last: int) -> str:
     (some templates leave thoughts out of earlier answers) plays no part.
     """
     if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError("messages can only follow an answer in a chat: answer with text, or begin with messages")
+        raise UserError("messages can only follow an answer in a chat: answer with text, or begin with messages")
     mark = "RLJAXLASTTURN"
     while any(mark in str(message) for message in (*messages, *new)):
         mark = f"X{mark}"

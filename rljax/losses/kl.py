@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float, Real
 
+from rljax.errors import UserError
 from rljax.ops import Scalar, as_float, finite_expm1, require_positive
 
 
@@ -26,7 +27,7 @@ def kl_penalty(
     arXiv:1909.08593) and RLOO put k1 in the reward, where it is right. verl's "kl", "mse" and "low_var_kl" are k1, k2
     and k3; TRL's GRPO uses k3, its PPO k1 (`kl_estimator`).
 
-    Raises ValueError for an unknown estimator.
+    Raises UserError for an unknown estimator.
     """
     difference = as_float(logps) - as_float(ref_logps)
     match estimator:
@@ -36,7 +37,7 @@ def kl_penalty(
             return 0.5 * difference**2
         case "k3":
             return finite_expm1(-difference) + difference
-    raise ValueError(f'Unknown KL estimator {estimator!r}: choose "k1", "k2" or "k3".')
+    raise UserError(f'Unknown KL estimator {estimator!r}: choose "k1", "k2" or "k3".')
 
 
 def _kl(logps: Array, other_logps: Array) -> Array:
@@ -70,7 +71,7 @@ def distillation_loss(
                    divided by β (1 − β) it tends to the forward and the reverse KL there (which TRL's GKD takes)
 
     Both logits stand at the same positions: nothing is shifted, so position t is about token t + 1. There is no factor
-    temperature² (Hinton's); multiply if you sweep the temperature. Raises ValueError for an unknown divergence.
+    temperature² (Hinton's); multiply if you sweep the temperature. Raises UserError for an unknown divergence.
     """
     require_positive(temperature=temperature)
     student = jax.nn.log_softmax(as_float(student_logits) / temperature, axis=-1)
@@ -83,4 +84,4 @@ def distillation_loss(
         case ("jsd", beta):
             mixture = _mixture(student, teacher, beta)
             return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
-    raise ValueError(f'Unknown divergence {divergence!r}: choose "forward_kl", "reverse_kl" or ("jsd", β).')
+    raise UserError(f'Unknown divergence {divergence!r}: choose "forward_kl", "reverse_kl" or ("jsd", β).')

@@ -14,6 +14,7 @@ from jax import Array
 from jax.nn import log_sigmoid, relu, sigmoid
 from jaxtyping import ArrayLike, Bool, Float, Real
 
+from rljax.errors import UserError
 from rljax.ops import Scalar, as_float, finite_exp, finite_expm1, require_positive
 
 Logps = Real[ArrayLike, " b"]
@@ -63,10 +64,10 @@ def robust_dpo_loss(
     loss = (−(1 − ε) log σ(βh) + ε log σ(−βh)) / (1 − 2ε),   ε = label_smoothing, the probability of a flip
 
     Its mean over flips is DPO's loss on the true labels; it may be negative. ε = 0 is DPO. TRL: "robust".
-    Raises ValueError for ε ≥ ½.
+    Raises UserError for ε ≥ ½.
     """
     if isinstance(label_smoothing, float) and label_smoothing >= 0.5:
-        raise ValueError(
+        raise UserError(
             f"robust_dpo_loss: label_smoothing is {label_smoothing}, and labels that are flipped half of the time say "
             "nothing: pass a value below 0.5 (above it, swap chosen and rejected)."
         )
@@ -127,11 +128,11 @@ def exo_loss(
 
     loss = KL(q‖p) = q log(q / (1 − ε)) + (1 − q) log((1 − q) / ε),   q = σ(βh),   ε = label_smoothing
 
-    cDPO is the forward KL(p‖q) plus a constant; this is the reverse. Raises ValueError for ε outside (0, 1): at ε = 0
+    cDPO is the forward KL(p‖q) plus a constant; this is the reverse. Raises UserError for ε outside (0, 1): at ε = 0
     the loss is infinite (TRL then takes 1e-3).
     """
     if isinstance(label_smoothing, int | float) and not 0.0 < label_smoothing < 1.0:
-        raise ValueError(
+        raise UserError(
             f"exo_loss: label_smoothing is {label_smoothing}, but the loss is KL(σ(βh)‖1 − label_smoothing), which "
             "is infinite at 0 and at 1: pass a value between, for example 1e-3."
         )
@@ -271,7 +272,7 @@ def _f_prime(log_ratio: Array, divergence: str | tuple[str, Scalar]) -> Array:
         case ("alpha", alpha):
             return -finite_expm1(-alpha * log_ratio) / alpha
     options = '"reverse_kl", "forward_kl", "js" or ("alpha", a)'
-    raise ValueError(f"Unknown divergence {divergence!r}: choose {options}.")
+    raise UserError(f"Unknown divergence {divergence!r}: choose {options}.")
 
 
 def f_dpo_loss(
@@ -291,7 +292,7 @@ def f_dpo_loss(
     "js"           f′(u) = log(2u / (1 + u))             ("alpha", a)   f′(u) = (1 − u^(−a)) / a
 
     a is the paper's α, between 0 (reverse KL) and 1 (forward KL). u^(−a) is exact to e⁶² in float32 and linear in log u
-    beyond (TRL caps it). Raises ValueError for an unknown divergence.
+    beyond (TRL caps it). Raises UserError for an unknown divergence.
     """
     chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps)
     return -log_sigmoid(beta * (_f_prime(chosen, divergence) - _f_prime(rejected, divergence)))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rljax.errors import UserError
 from rljax.models.config import Rope
 
 _ACTIVATIONS = {
@@ -27,7 +28,7 @@ _ACTIVATIONS = {
 
 def _activation(name: str) -> str:
     if name not in _ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
             f"config.json asks for the activation {name!r}; supported are {', '.join(sorted(_ACTIVATIONS))}."
         )
     return _ACTIVATIONS[name]
@@ -56,7 +57,7 @@ def _rope(given: Mapping[str, Any], max_positions: int) -> Rope:
     if kind == "default":
         return rope
     if kind not in ("linear", "llama3", "yarn", "longrope"):
-        raise ValueError(
+        raise UserError(
             f"config.json asks for RoPE scaling {kind!r}; supported are default, linear, llama3, yarn and longrope."
         )
     original = int(given.get("original_max_position_embeddings") or max_positions)
@@ -98,9 +99,7 @@ def _windows(c: Any, *, typed: bool) -> tuple[int, ...]:
     kinds = c.layer_types if typed else ["sliding_attention"] * c.num_hidden_layers
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
-        raise ValueError(
-            f"config.json has layer_types {sorted(unknown)}; supported: full_attention, sliding_attention."
-        )
+        raise UserError(f"config.json has layer_types {sorted(unknown)}; supported: full_attention, sliding_attention.")
     windows = tuple(c.sliding_window if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
 
@@ -148,7 +147,7 @@ def qwen3(c: Any) -> dict[str, Any]:
 
 def gemma(c: Any, *, activation: str = "hidden_act") -> dict[str, Any]:
     if getattr(c, "use_bidirectional_attention", None):
-        raise ValueError(
+        raise UserError(
             "config.json sets use_bidirectional_attention: this is an encoder; only decoders are supported."
         )
     return {
@@ -201,7 +200,7 @@ def neox(c: Any) -> dict[str, Any]:
 def gpt2(c: Any) -> dict[str, Any]:
     for name in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
         if getattr(c, name):
-            raise ValueError(f"config.json sets {name}, which is not supported for GPT2LMHeadModel.")
+            raise UserError(f"config.json sets {name}, which is not supported for GPT2LMHeadModel.")
     return {
         **_equal_heads(c),
         "intermediate_size": c.n_inner or 4 * c.n_embd,

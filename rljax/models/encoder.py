@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rljax.errors import UserError
 from rljax.models.attention import Sight, biases, count_positions, visible
 from rljax.models.config import ModelConfig
 from rljax.models.transformer import ACTIVATIONS, INIT_STD, MLP, Attention, Context, Embed, Kind, Norm, split
@@ -147,7 +148,7 @@ def load(path: str | os.PathLike[str], *, mesh: Any = None, dtype: Any = None) -
     mesh   places every leaf by `hf_encoder.RULES`. None: one device.
     dtype  what is held and computed in. None: float32, on every device, since what an encoder says is a score.
 
-    ValueError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
+    UserError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
     unknown or misshaped tensors, damaged files, pickled weights, poolings of sentence-transformers other than mean
     and cls.
     """
@@ -190,7 +191,7 @@ def build(config: EncoderConfig) -> Encoder:
     classify  (params, ids i32[b t], segments i32[b t], *, types=None) -> logits f32[b n]
 
     types i32[b t] tell the second text of a pair (1) from the first (0); None: all are 0. A row of pads has the
-    logits 0. ValueError for rows longer than max_positions, types where the model has none, and `classify` without
+    logits 0. UserError for rows longer than max_positions, types where the model has none, and `classify` without
     a classifier.
     """
     check(config)
@@ -212,7 +213,7 @@ def build(config: EncoderConfig) -> Encoder:
 
     def classify(params: Params, ids: Array, segments: Array, *, types: Array | None = None) -> Array:
         if not n:
-            raise ValueError(
+            raise UserError(
                 "this encoder has no classifier: load a …ForSequenceClassification checkpoint, or use encoder.embed"
             )
         real = segments > 0
@@ -237,21 +238,21 @@ def linear_init(key: Array, into: int, out: int) -> Params:
 
 
 def check(config: EncoderConfig) -> None:
-    """Raise ValueError for a config that describes no encoder."""
+    """Raise UserError for a config that describes no encoder."""
     if config.hidden_size % config.num_heads:
-        raise ValueError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
+        raise UserError(f"hidden_size={config.hidden_size} must be a multiple of num_heads={config.num_heads}")
     if config.unroll < 1 or config.num_layers % config.unroll:
-        raise ValueError(f"unroll={config.unroll} must divide num_layers={config.num_layers}")
+        raise UserError(f"unroll={config.unroll} must divide num_layers={config.num_layers}")
 
 
 def check_rows(config: EncoderConfig, ids: Array, types: Array | None) -> None:
-    """Raise ValueError for rows that the encoder has no positions or no token types for."""
+    """Raise UserError for rows that the encoder has no positions or no token types for."""
     if ids.shape[1] > config.max_positions:
-        raise ValueError(
+        raise UserError(
             f"rows of {ids.shape[1]} tokens, but this encoder has {config.max_positions} positions: truncate the texts "
             f"(tokenizer(…, truncation=True, max_length={config.max_positions}))"
         )
     if types is not None and config.num_types < 2:
-        raise ValueError(
+        raise UserError(
             f"types tell two texts apart, but this encoder has {config.num_types} token types: leave them out"
         )

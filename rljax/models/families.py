@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from rljax.errors import UserError
 from rljax.models import config_rules
 from rljax.models.config import ModelConfig
 
@@ -181,14 +182,14 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(architecture: str) -> Family:
-    """The family of a language model's or reward model's architecture; a ValueError lists what there is."""
+    """The family of a language model's or reward model's architecture; a UserError lists what there is."""
     for family in FAMILIES:
         if architecture in (family.architecture, family.classifier):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
     encoder = re.match("Bert|DistilBert|Roberta", architecture)
     hint = " Encoders are opened with rljax.models.encoder.load, as rewards with rewards.from_checkpoint."
-    raise ValueError(f"unsupported architecture {architecture!r}; rljax reads {known}.{hint if encoder else ''}")
+    raise UserError(f"unsupported architecture {architecture!r}; rljax reads {known}.{hint if encoder else ''}")
 
 
 def model_config(family: Family, source: Mapping[str, Any]) -> ModelConfig:
@@ -199,4 +200,4 @@ def model_config(family: Family, source: Mapping[str, Any]) -> ModelConfig:
         c = CONFIG_MAPPING[family.model_type](**source)
         return ModelConfig(**config_rules.common(c) | family.fields(c))
     except Exception as error:  # transformers' own validation has its own error classes
-        raise ValueError(f"config.json of this {family.architecture} cannot be used: {error}") from error
+        raise UserError(f"config.json of this {family.architecture} cannot be used: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax.errors import UserError
 from rljax.models.tensors import Box, Store, Stored
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -38,12 +39,12 @@ def read_fields(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ValueError(f"reading {path} needs the gguf package: pip install 'rljax[gguf]'.") from None
+        raise UserError(f"reading {path} needs the gguf package: pip install 'rljax[gguf]'.") from None
     try:
         reader = GGUFReader(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as GGUF ({error}): it is truncated or damaged; fetch it again."
         ) from error
 
@@ -53,12 +54,12 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Store]:
     reader, fields = read_fields(path)
     kind = fields.get("general.architecture")
     if kind not in _ARCHITECTURES:
-        raise ValueError(f"{path} is a GGUF file of architecture {kind!r}; supported are {', '.join(_ARCHITECTURES)}.")
+        raise UserError(f"{path} is a GGUF file of architecture {kind!r}; supported are {', '.join(_ARCHITECTURES)}.")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         source = _source(kind, fields, tensors)
     except KeyError as error:
-        raise ValueError(f"{path} lacks the metadata {error} or tensor of that name; fetch it again.") from None
+        raise UserError(f"{path} lacks the metadata {error} or tensor of that name; fetch it again.") from None
     heads = {"self_attn.q_proj": source["num_attention_heads"], "self_attn.k_proj": source["num_key_value_heads"]}
     store = {}
     for name, tensor in tensors.items():
@@ -77,7 +78,7 @@ def _name(name: str, path: pathlib.Path) -> tuple[str, str]:
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
     if block and block[2] in _BLOCK:
         return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{suffix}", _BLOCK[block[2]]
-    raise ValueError(f"{path} holds the tensor {name!r}, which its architecture does not have here.")
+    raise UserError(f"{path} holds the tensor {name!r}, which its architecture does not have here.")
 
 
 def _stored(tensor: Any, heads: int, where: str) -> Stored:
@@ -172,7 +173,7 @@ def _pre_tokenizer(name: str) -> Any:
         split = pre_tokenizers.Split(Regex(_SPLITS[name]), behavior="isolated")
         return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     known = ", ".join((*_GPT2, *_DIGITS, *_SPLITS))
-    raise ValueError(f"the GGUF tokenizer splits text by {name!r}; known are {known}. Use the model's own tokenizer.")
+    raise UserError(f"the GGUF tokenizer splits text by {name!r}; known are {known}. Use the model's own tokenizer.")
 
 
 def read_tokenizer(path: pathlib.Path) -> Any:
@@ -182,7 +183,7 @@ def read_tokenizer(path: pathlib.Path) -> Any:
 
     _, fields = read_fields(path)
     if fields.get("tokenizer.ggml.model") != "gpt2":
-        raise ValueError(
+        raise UserError(
             f"{path} has a {fields.get('tokenizer.ggml.model')!r} tokenizer; only byte-level BPE (gpt2) is rebuilt. "
             "Use the tokenizer of the original model."
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rljax.errors import UserError
 from rljax.types import LanguageModel, Params, Tokens
 
 
@@ -42,9 +43,9 @@ def scalar_head(hidden_size: int) -> Head:
 
 
 def normalize_head(params: Params, *, mean: float, std: float) -> Params:
-    """The head whose scores are (score − mean) / std of this one's. ValueError for a std that is not positive."""
+    """The head whose scores are (score − mean) / std of this one's. UserError for a std that is not positive."""
     if not std > 0:
-        raise ValueError(f"scores with std {std} cannot be brought to std 1: all samples score alike, or not a number")
+        raise UserError(f"scores with std {std} cannot be brought to std 1: all samples score alike, or not a number")
     return {"kernel": params["kernel"] / std, "bias": (params["bias"] - mean) / std}
 
 

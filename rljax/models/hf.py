@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.errors import UserError
 from rljax.models import hf_read, hf_write
 from rljax.models.config import COMPUTED, ModelConfig, Rope
 from rljax.models.families import FAMILIES, Family, family_of, model_config
@@ -34,12 +35,12 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
     dtype  None keeps what is stored and computes in bfloat16 on accelerators, in float32 on CPUs. A dtype
            ("float32", "bfloat16") is what is held and computed in.
 
-    ValueError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
+    UserError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
     unknown or misshaped tensors, damaged files, pickled weights.
     """
     checkpoint = _open(path_or_name)
     if "score.weight" in checkpoint.store:
-        raise ValueError(f"{checkpoint.where} is a reward model (it has score.weight); open it with hf.load_reward.")
+        raise UserError(f"{checkpoint.where} is a reward model (it has score.weight); open it with hf.load_reward.")
     config = _config(checkpoint, mesh, dtype)
     abstract = jax.eval_shape(build(config).init, jax.random.key(0))
     params, note = _read(checkpoint, config, abstract, mesh, dtype)
@@ -49,19 +50,19 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
 def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[LanguageModel, Params]:
     """A reward model: the decoder, and params {"model": …, "head": {"kernel": [d], "bias": []}} for `heads`.
 
-    Reads …ForSequenceClassification checkpoints with one label (more are a ValueError). These have no output matrix, so
+    Reads …ForSequenceClassification checkpoints with one label (more are a UserError). These have no output matrix, so
     "model" has no "unembed" (`heads.reward_model` needs none). The bias comes from config.json (see `save_reward`) and
     is 0 where that has none.
     """
     checkpoint = _open(path_or_name)
     if "score.weight" not in checkpoint.store:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.where} has no score.weight: it is not a reward model. Open it with hf.load and give it a "
             "head with rljax.models.heads.reward_model."
         )
     labels = checkpoint.source.get("id2label") or {}
     if len(labels) > 1:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.where} tells {len(labels)} labels apart ({', '.join(map(str, labels.values()))}): a reward "
             "model of a decoder has one, the reward. Give it a head of its own with rljax.models.heads.reward_model."
         )
@@ -84,7 +85,7 @@ def save(path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = N
 
     Names and bits are those that were loaded (a Gemma 3 with vision is written as its text model). Written beside
     `path`, then renamed; a folder that holds only an earlier export is replaced, any other that is not empty is a
-    ValueError.
+    UserError.
     """
     family, source = _source(model.config)
     _write(pathlib.Path(path), family, source, model.config, params, tokenizer)
@@ -169,7 +170,7 @@ def _source(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
     said = _architecture_fields(model_config(family, _plain(source)))
     differs = [key for key, value in _architecture_fields(config).items() if said[key] != value]
     if differs:
-        raise ValueError(
+        raise UserError(
             f"this model has {differs[0]}={getattr(config, differs[0])!r}, but the config.json that it came from says "
             f'{said[differs[0]]!r}; if that is meant, replace(config, source="") lets save write a new one.'
         )
@@ -226,10 +227,10 @@ def _derive(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
         known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}
         source = {key: value for key, value in candidate.items() if key in known}
         source = {"architectures": [family.architecture], "model_type": family.model_type, **source}
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(UserError):
             if _architecture_fields(model_config(family, source)) == meant:
                 return family, source
-    raise ValueError(
+    raise UserError(
         "no supported family has this combination of ModelConfig fields, so transformers could not open the model; "
         "keep the `source` of a loaded config, or save the params with rljax.checkpoint."
     )

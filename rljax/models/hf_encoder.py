@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.sharding import PartitionSpec as P
 
+from rljax.errors import UserError
 from rljax.models import hf_read, rules
 from rljax.models.config_rules import _activation
 from rljax.models.encoder import Encoder, EncoderConfig, block_config, build
@@ -47,9 +48,9 @@ class Family(NamedTuple):
 
 def _bert_fields(c: Any) -> dict[str, Any]:
     if c.is_decoder or c.add_cross_attention:
-        raise ValueError("it is used as a decoder (is_decoder or add_cross_attention), which the encoder is not")
+        raise UserError("it is used as a decoder (is_decoder or add_cross_attention), which the encoder is not")
     if getattr(c, "position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type={c.position_embedding_type!r}; only 'absolute' is read")
+        raise UserError(f"position_embedding_type={c.position_embedding_type!r}; only 'absolute' is read")
     return {
         "intermediate_size": c.intermediate_size,
         "max_positions": c.max_position_embeddings,
@@ -149,7 +150,7 @@ _CLASSIFIER = "ForSequenceClassification"
 
 
 def family_of(source: Mapping[str, Any], store: Store) -> tuple[Family, bool]:
-    """The family of a checkpoint, and whether it has a classifier; a ValueError lists what there is."""
+    """The family of a checkpoint, and whether it has a classifier; a UserError lists what there is."""
     listed = source.get("architectures") or []
     for family in FAMILIES:
         if listed:
@@ -159,7 +160,7 @@ def family_of(source: Mapping[str, Any], store: Store) -> tuple[Family, bool]:
             return family, any(name in store for name in family.classifier if name.startswith("classifier."))
     known = ", ".join(f"{family.name}Model and {family.name}{_CLASSIFIER}" for family in FAMILIES)
     found = listed[0] if listed else f"model_type {source.get('model_type')}"
-    raise ValueError(f"{found!r} is no encoder that is read here: {known}. Decoders are opened with hf.load(_reward).")
+    raise UserError(f"{found!r} is no encoder that is read here: {known}. Decoders are opened with hf.load(_reward).")
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -171,13 +172,13 @@ def load(path_or_name: str | os.PathLike[str], *, mesh: Any, dtype: Any) -> tupl
 
     folder = resolve(path_or_name)
     if folder.suffix == ".gguf":
-        raise ValueError(f"{folder} is a GGUF file; encoders are read from a folder with config.json and safetensors.")
+        raise UserError(f"{folder} is a GGUF file; encoders are read from a folder with config.json and safetensors.")
     source, store = read_json(folder / "config.json"), renamed(open_safetensors(folder))
     try:
         family, classifies = family_of(source, store)
         config = encoder_config(family, source, classifies)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     kind = np.dtype(np.float32) if dtype is None else jax.numpy.dtype(dtype)
     config = dataclasses.replace(
         config, compute_dtype=kind.name, **sentence_settings(folder, family, config.max_positions)
@@ -194,7 +195,7 @@ def renamed(store: Store) -> Store:
     for name, tensor in store.items():
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
         if name in new:
-            raise ValueError(f"{tensor.where} holds {name!r} twice, under its new and its old name; remove one.")
+            raise UserError(f"{tensor.where} holds {name!r} twice, under its new and its old name; remove one.")
         new[name] = tensor
     return new
 
@@ -208,7 +209,7 @@ def encoder_config(family: Family, source: Mapping[str, Any], classifies: bool) 
         fields = family.fields(c)
         labels = {int(i): str(label) for i, label in (c.id2label or {}).items()} if classifies else {}
         if sorted(labels) != list(range(len(labels))):
-            raise ValueError(f"id2label={c.id2label} must number its labels 0, 1, 2, …")
+            raise UserError(f"id2label={c.id2label} must number its labels 0, 1, 2, …")
         return EncoderConfig(
             vocab_size=c.vocab_size,
             hidden_size=c.hidden_size,
@@ -219,7 +220,7 @@ def encoder_config(family: Family, source: Mapping[str, Any], classifies: bool) 
             **fields,
         )
     except Exception as error:  # transformers' own validation has its own error classes
-        raise ValueError(f"the settings of this {family.name} cannot be used: {error}") from error
+        raise UserError(f"the settings of this {family.name} cannot be used: {error}") from error
 
 
 def sizes_of(config: EncoderConfig) -> dict[str, int]:
@@ -241,7 +242,7 @@ def account(folder: pathlib.Path, family: Family, store: Store, config: EncoderC
     }
     missing = [name for name in wanted if name not in store]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks for: "
             f"{missing[0]!r}; {len(store)} are there. Fetch it again, or correct config.json (architectures, layers)."
         )
@@ -251,7 +252,7 @@ def account(folder: pathlib.Path, family: Family, store: Store, config: EncoderC
         if name in wanted:
             hf_read._check(name, tensor, stored_shape(wanted[name].layout, sizes_of(config)))
         elif not any(re.fullmatch(pattern, name) for pattern in unused):
-            raise ValueError(
+            raise UserError(
                 f"{tensor.where} holds the tensor {name!r} {list(tensor.shape)}, which a {family.name} "
                 f"{'classifier' if config.labels else 'encoder'} with this config.json does not have. Correct "
                 "config.json (architectures, layers), or remove the tensor."
@@ -321,10 +322,10 @@ def _modules(file: pathlib.Path) -> dict[str, str]:
     try:
         modules = {str(entry["type"]).rsplit(".", 1)[-1]: str(entry["path"]) for entry in json.loads(file.read_text())}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no list of modules with type and path ({error!r}).") from error
+        raise UserError(f"{file} is no list of modules with type and path ({error!r}).") from error
     strange = [kind for kind in modules if kind not in ("Transformer", "Pooling", "Normalize")]
     if strange:
-        raise ValueError(
+        raise UserError(
             f"{file} has a module {strange[0]}, so its embeddings are more than a pooled encoder; only Transformer, "
             "Pooling and Normalize are read."
         )
@@ -336,5 +337,5 @@ def _pooling(file: pathlib.Path) -> str:
     modes = given.get("pooling_mode") or [key for key, on in given.items() if key.startswith("pooling_mode_") and on]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise ValueError(f"{file} asks for the pooling {modes}; either mean or cls can be computed here.")
+        raise UserError(f"{file} asks for the pooling {modes}; either mean or cls can be computed here.")
     return _POOLINGS[modes[0]]

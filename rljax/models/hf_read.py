@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from rljax.errors import UserError
 from rljax.models.config import ModelConfig
 from rljax.models.families import FAMILIES, Family, Layout, family_of, model_config
 from rljax.models.tensors import Box, Store, Stored, axes_of, open_safetensors, read_json, read_part, stored_shape
@@ -61,7 +62,7 @@ def described(source: dict[str, Any], where: str) -> tuple[Family, dict[str, Any
     try:
         family = family_of(_architecture(source))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     if "text_config" in source:
         text = {**source["text_config"], "architectures": [_text_twin(family).architecture]}
         source = {"model_type": family.model_type, **text, NOTE: source.get(NOTE, {})}
@@ -74,7 +75,7 @@ def config_of(source: dict[str, Any], where: str) -> ModelConfig:
     try:
         return model_config(family, {key: value for key, value in source.items() if key != NOTE})
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 def _architecture(source: Mapping[str, Any]) -> str:
@@ -128,7 +129,7 @@ def targets(family: Family, leaves: set[str], layers: int, prefix: str) -> dict[
                 found[prefix + name.replace("*", str(layer))] = Target(layout, sources, layer)
     covered = {leaf for target in found.values() for leaf in target.leaves}
     if covered != leaves:
-        raise ValueError(
+        raise UserError(
             f"{family.architecture} has no tensor for {', '.join(sorted(leaves - covered))}: this model has parts "
             "that the family does not know."
         )
@@ -151,7 +152,7 @@ def account(checkpoint: Checkpoint, config: ModelConfig, leaves: set[str]) -> tu
     wanted = targets(family, leaves, config.num_layers, prefix)
     missing = [name for name in wanted if name not in store]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.where} lacks {len(missing)} of the {len(wanted)} tensors that its config.json asks for: "
             f"{missing[0]!r}; {len(store)} are there. Fetch it again, or correct config.json (layers, biases, tying)."
         )
@@ -164,7 +165,7 @@ def account(checkpoint: Checkpoint, config: ModelConfig, leaves: set[str]) -> tu
         if kept is not None:
             derived |= kept
         else:
-            raise ValueError(
+            raise UserError(
                 f"{tensor.where} holds the tensor {name!r} {list(tensor.shape)}, which a {family.architecture} with "
                 "this config.json does not have. Correct config.json (architecture, layers, biases, tying), or remove "
                 "the tensor."
@@ -177,12 +178,12 @@ def account(checkpoint: Checkpoint, config: ModelConfig, leaves: set[str]) -> tu
 
 def _check(name: str, tensor: Stored, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
-        raise ValueError(
+        raise UserError(
             f"{tensor.where}: tensor {name!r} has the shape {list(tensor.shape)}, but config.json says {list(shape)}; "
             "one of the two is wrong."
         )
     if not jax.numpy.issubdtype(tensor.dtype, np.floating) or tensor.dtype.itemsize < 2:
-        raise ValueError(
+        raise UserError(
             f"{tensor.where}: tensor {name!r} is stored as {tensor.dtype} (quantised?); only float64, float32, "
             "bfloat16 and float16 weights are read. Use the unquantised checkpoint, or a GGUF file."
         )
@@ -202,7 +203,7 @@ def _derived(
     if config.tied and name.split(".", name.count(".") - 1)[-1] == family.unembed:
         embedding = store[prefix + next(iter(family.tensors))]
         if tensor.shape != embedding.shape or not np.array_equal(_bytes(tensor), _bytes(embedding)):
-            raise ValueError(
+            raise UserError(
                 f"{tensor.where}: {name!r} differs from the input embedding, but config.json says that they are tied; "
                 'set "tie_word_embeddings": false in config.json to use both.'
             )
@@ -228,7 +229,7 @@ def _describe(name: str, tensor: Stored) -> dict[str, Any]:
     if len(tensor.shape) >= 2 and np.array_equal(value, causal(tensor.shape, tensor.dtype)):
         return note | {"value": "causal"}
     if value.nbytes > _LARGEST_BUFFER:
-        raise ValueError(
+        raise UserError(
             f"{tensor.where}: the buffer {name!r} {list(tensor.shape)} is not the causal mask it should be."
         )
     return note | {"value": base64.b64encode(value.tobytes()).decode()}
@@ -257,12 +258,12 @@ def fill(
         _, _, layout, part = parts[leaf][0]
         axes = tuple(sizes[axis] for axis in axes_of(leaf, layout, part))
         if shape[len(shape) - len(axes) :] != axes:
-            raise ValueError(
+            raise UserError(
                 f"{leaf} is {shape} in the model but {axes} in {checkpoint.family.architecture}: a wrong table."
             )
         kind = dtype or _stored_dtype(leaf, {checkpoint.store[name].dtype for _, name, _, _ in parts[leaf]})
         if jax.dtypes.canonicalize_dtype(kind) != kind:
-            raise ValueError(f'{leaf} is stored as {kind}, which JAX cannot hold; load it with dtype="float32".')
+            raise UserError(f'{leaf} is stored as {kind}, which JAX cannot hold; load it with dtype="float32".')
         read = _reader(leaf, checkpoint.store, parts[leaf], sizes, shape, kind)
         if shardings:
             filled[leaf] = jax.make_array_from_callback(shape, places[leaf], read)
@@ -273,7 +274,7 @@ def fill(
 
 def _stored_dtype(leaf: str, dtypes: set[np.dtype]) -> np.dtype:
     if len(dtypes) > 1:
-        raise ValueError(
+        raise UserError(
             f"the layers of {leaf} are stored in different types ({', '.join(sorted(d.name for d in dtypes))}), but "
             'are one array here; say which to use, for example load(path, dtype="float32").'
         )

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rljax.errors import UserError
 from rljax.models.hf_read import Target, causal, flat
 from rljax.models.tensors import axes_of, join_parts
 from rljax.types import Params
@@ -113,7 +114,7 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
     source = pathlib.Path(tokenizer)
     files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
     if not files:
-        raise ValueError(f"tokenizer={str(source)!r} has no tokenizer files; give a folder that does, or a tokenizer.")
+        raise UserError(f"tokenizer={str(source)!r} has no tokenizer files; give a folder that does, or a tokenizer.")
     for file in files:
         (shutil.copytree if file.is_dir() else shutil.copy)(file, folder / file.name)
 
@@ -121,14 +122,14 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
 def check_target(path: pathlib.Path) -> None:
     """An export may replace an export, and nothing else."""
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file; save writes a folder.")
+        raise UserError(f"{path} is a file; save writes a folder.")
     foreign = [
         file.name
         for file in (path.iterdir() if path.exists() else ())
         if file.name not in _OWN_FILES and not (file.name.startswith("model") and file.suffix == ".safetensors")
     ]
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"{path} is not empty and holds {sorted(foreign)[0]!r}, which is no part of a saved model; save to a new "
             "folder (a folder that holds nothing but an earlier export is replaced)."
         )

@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rljax.errors import UserError
 from rljax.models.config import ModelConfig
 from rljax.models.product import RESULT
 from rljax.sharding import ROWS, divisible, platform, ways_here
@@ -30,14 +31,14 @@ KERNELS = {"tpu": "splash", "gpu": "cudnn"}
 
 
 def choose(config: ModelConfig, queries: int, keys: int) -> str:
-    """xla, splash or cudnn for rows of so many queries and keys. ValueError for a kernel by name that cannot do it."""
+    """xla, splash or cudnn for rows of so many queries and keys. UserError for a kernel by name that cannot do it."""
     wanted = config.attention
     kernel = KERNELS.get(platform(), "xla") if wanted == "auto" else wanted
     reason = objection(kernel, config, queries, keys)
     if wanted == "auto":
         return "xla" if reason or queries < SHORT else kernel
     if reason:
-        raise ValueError(f"attention={wanted!r} cannot be used here: {reason}; 'auto' takes what can")
+        raise UserError(f"attention={wanted!r} cannot be used here: {reason}; 'auto' takes what can")
     return wanted
 
 

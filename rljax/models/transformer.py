@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from rljax.errors import UserError
 from rljax.models import kernels
 from rljax.models.attention import Sight, attend_in_blocks, attend_shared, biases, count_positions, exact, visible
 from rljax.models.cache import Cache, write
@@ -150,7 +151,7 @@ class Attention(nn.Module):
             case [prompts, completions]:
                 mixed = attend_shared(look, query, key, value, (prompts, completions))
             case _:
-                raise ValueError(f"{len(context.sights)} sights: one of whole rows, or two where prompts are shared")
+                raise UserError(f"{len(context.sights)} sights: one of whole rows, or two where prompts are shared")
         out = Linear("bhtk,hkd->btd", (h, k, d), (d,) if c.out_bias else None, residual_std(c), name="out")
         return out(mixed), memory
 
@@ -413,17 +414,17 @@ def build(config: ModelConfig) -> LanguageModel:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise ValueError for a config that describes no model."""
+    """Raise UserError for a config that describes no model."""
     c, layers = config, config.num_layers
     rotary = c.rotary_dim or c.head_dim
     if c.num_heads % c.num_kv_heads:
-        raise ValueError(f"num_heads={c.num_heads} must be a multiple of num_kv_heads={c.num_kv_heads}")
+        raise UserError(f"num_heads={c.num_heads} must be a multiple of num_kv_heads={c.num_kv_heads}")
     if rotary % 2 or rotary > c.head_dim:
-        raise ValueError(f"{rotary} rotated dimensions must be even and at most head_dim={c.head_dim}")
+        raise UserError(f"{rotary} rotated dimensions must be even and at most head_dim={c.head_dim}")
     for name in ("windows", "rope_of_layer"):
         if len(getattr(c, name)) not in (0, layers):
-            raise ValueError(f"{name} has {len(getattr(c, name))} entries: give one per layer ({layers}) or none")
+            raise UserError(f"{name} has {len(getattr(c, name))} entries: give one per layer ({layers}) or none")
     if not c.ropes or any(rope not in range(len(c.ropes)) for rope in c.rope_of_layer):
-        raise ValueError(f"rope_of_layer={c.rope_of_layer} must index into the {len(c.ropes)} ropes, at least one")
+        raise UserError(f"rope_of_layer={c.rope_of_layer} must index into the {len(c.ropes)} ropes, at least one")
     if c.unroll is not None and (c.unroll < 1 or layers % c.unroll):
-        raise ValueError(f"unroll={c.unroll} must divide num_layers={layers}")
+        raise UserError(f"unroll={c.unroll} must divide num_layers={layers}")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import losses, ops
+from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.logprobs import map_logits, token_logps
 from rljax.models import share_prompts as sharing_prompts
@@ -61,7 +62,7 @@ def pair_logps(
       is computed once for both (`models.share_prompts`). The numbers are the same ones to rounding.
     """
     if share_prompts and max_trained is None:
-        raise ValueError("share_prompts takes the last max_trained columns for the completion: give max_trained")
+        raise UserError("share_prompts takes the last max_trained columns for the completion: give max_trained")
     if share_prompts:
         model = sharing_prompts(model, n=2, completion=max_trained or 0)
     # A pair's rows are neighbours, so that on a mesh both are on the same device.
@@ -182,7 +183,7 @@ def comparison(model: ScalarModel, loss: Callable[..., Array] = losses.bradley_t
         elif k == 2:
             values = loss(best, runner_up, **({"margin": batch.margin} if margins else {}))
         else:
-            raise ValueError(
+            raise UserError(
                 f"{getattr(loss, '__name__', loss)} compares two responses, this data has {k} a prompt: "
                 f"use rljax.losses.best_of_k_loss"
             )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rljax import losses, ops
+from rljax.errors import UserError
 from rljax.objectives.offline import real_rows, supervised
 from rljax.types import LanguageModel, LossFn, Mean, Metrics, Params, PolicyBatch
 from rljax.views import Look, View, decoder_params
@@ -88,13 +89,13 @@ def _distance(view: View, batch: PolicyBatch, clipped: Callable[..., Array] | No
 
 
 def surrogate_inputs(loss: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a surrogate's positional parameters. ValueError for a name that no rollout can fill."""
+    """The names of a surrogate's positional parameters. UserError for a name that no rollout can fill."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(loss).parameters.values()
     names = tuple(p.name for p in parameters if p.kind in kinds and p.default is inspect.Parameter.empty)
     unknown = [name for name in names if name not in SURROGATE_INPUTS]
     if unknown or not names:
-        raise ValueError(
+        raise UserError(
             f"the loss {getattr(loss, '__name__', loss)} takes {', '.join(names) or 'nothing'}: its positional "
             f"parameters must be named after what a rollout has ({', '.join(SURROGATE_INPUTS)}), options keyword-only"
         )

@@ -18,7 +18,7 @@ class Described(NamedTuple):
 def describe(name: str) -> Described:
     """Of a folder, a run, a config.json, a GGUF file, or a name on the Hugging Face hub: no weights are read.
 
-    ValueError where there is none, or where it describes no decoder that rljax has.
+    UserError where there is none, or where it describes no decoder that rljax has.
     """
     path = _file(name)
     if path.suffix == ".gguf":
@@ -35,7 +35,7 @@ def describe(name: str) -> Described:
 
 
 def is_encoder(name: str) -> bool:
-    """Whether it is one that `models.encoder` opens, as classifiers are. ValueError where there is nothing."""
+    """Whether it is one that `models.encoder` opens, as classifiers are. UserError where there is nothing."""
     path = _file(name)
     known = {family.model_type for family in hf_encoder.FAMILIES}
     return path.suffix != ".gguf" and hf_read.read_json(path).get("model_type") in known

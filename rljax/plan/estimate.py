@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax import program
+from rljax.errors import UserError
 from rljax.plan import costs, hlo, topologies
 from rljax.plan.configs import describe
 from rljax.plan.costs import Collective
@@ -87,7 +88,7 @@ class Plan(NamedTuple):
 def plan(run: Any, machine: Machine, say: Callable[[str], None] = lambda _: None) -> Plan:
     """An experiment of `offline` or `online` on a machine. say: gets a line before what takes long.
 
-    ValueError for an experiment that cannot run there; that it does not fit is in the plan.
+    UserError for an experiment that cannot run there; that it does not fit is in the plan.
     """
     program.check_settings(run)
     described, mesh = describe(run.model), program.make_mesh(run, machine.devices)
@@ -174,7 +175,7 @@ def _refused(one: Program, memory: dict[str, float], chip: Chip, message: str) -
     needed = needed_bytes(message)
     if "RESOURCE_EXHAUSTED" not in message or needed is None:
         first = message.strip().splitlines()[0]
-        raise ValueError(f"the compiler refuses the {one.name}: {first}")
+        raise UserError(f"the compiler refuses the {one.name}: {first}")
     inside = sum(_bytes(leaf) for leaf in jax.tree.leaves(one.args))
     beside = max(0.0, sum(memory.values()) - inside)  # what the device holds that is no argument of this function
     memory = {**memory, "temporaries and the rest": max(0.0, needed + beside - sum(memory.values()))}

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rljax.errors import UserError
+
 
 class Shape(NamedTuple):
     """One array."""
@@ -60,7 +62,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Of `compiled.as_text()`. ValueError where that is no HLO module."""
+    """Of `compiled.as_text()`. UserError where that is no HLO module."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in re.sub(r'\n(?="|\}\})', "", text).splitlines():  # what a kernel notes down is JSON over several lines
@@ -74,7 +76,7 @@ def parse(text: str) -> Module:
             made = _instruction(line)
             current[made.name] = made
     if not entry:
-        raise ValueError(f"this is no HLO module with an entry computation: {text[:80]!r}…")
+        raise UserError(f"this is no HLO module with an entry computation: {text[:80]!r}…")
     return Module(computations, entry)
 
 
@@ -167,7 +169,7 @@ def _of_iota(written: str) -> np.ndarray:
     """[groups,size]<=[dims]T(permutation)."""
     found = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", written)
     if not found:
-        raise ValueError(f"replica groups in a form that is not known: {written[:80]}")
+        raise UserError(f"replica groups in a form that is not known: {written[:80]}")
     dims = _numbers(found[2])
     return (
         np.arange(math.prod(dims))

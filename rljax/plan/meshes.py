@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from rljax import program, settings, sharding
+from rljax.errors import UserError
 from rljax.models import ModelConfig
 from rljax.plan.configs import describe
 from rljax.plan.estimate import Plan, plan
@@ -35,13 +36,13 @@ class Found(NamedTuple):
 def search(run: Any, machine: Machine, *, tries: int, say: Callable[[str], None] = lambda _: None) -> Found:
     """Meshes of data, fsdp, tensor and (for long rows) context with microbatches, `tries` of them compiled.
 
-    ValueError where the experiment has a mesh function of its own, or where no mesh is valid.
+    UserError where the experiment has a mesh function of its own, or where no mesh is valid.
     """
     if tries < 1:
-        raise ValueError(f"tries={tries} must be at least 1 mesh to compile")
+        raise UserError(f"tries={tries} must be at least 1 mesh to compile")
     function = run.mesh.func if isinstance(run.mesh, functools.partial) else run.mesh
     if function is not sharding.make_mesh:
-        raise ValueError(f"a search sets data, fsdp, tensor and context of rljax's mesh, but this one is {function}")
+        raise UserError(f"a search sets data, fsdp, tensor and context of rljax's mesh, but this one is {function}")
     config = describe(run.model).config
     good, dropped = [], {}
     for candidate in _candidates(run, len(machine.devices)):
@@ -52,7 +53,7 @@ def search(run: Any, machine: Machine, *, tries: int, say: Callable[[str], None]
             dropped[reason] = dropped.get(reason, 0) + 1
     if not good:
         why = "; ".join(f"{count} because {reason}" for reason, count in dropped.items())
-        raise ValueError(f"no mesh of {len(machine.devices)} devices is valid for this experiment: {why}")
+        raise UserError(f"no mesh of {len(machine.devices)} devices is valid for this experiment: {why}")
     plans = []
     for number, one in enumerate(_in_order(good, machine.chip)[:tries]):
         say(f"{number + 1} of {min(tries, len(good))}: about {one.needed / 2**30:.1f} GiB by arithmetic")

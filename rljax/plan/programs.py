@@ -31,6 +31,7 @@ from rljax import (
     tasks,
     train,
 )
+from rljax.errors import UserError
 from rljax.plan.configs import Described, describe, is_encoder
 from rljax.rewards import checkpoints
 from rljax.sampling import REFILL
@@ -131,7 +132,7 @@ def _objective(run: Any, start: policy.Policy) -> tuple[Params, LossFn, Any]:
             return {"model": start.params, "head": head}, tasks.reward_loss(run, model), batch
         case offline.SFT():
             return start.params, tasks.supervised_loss(model), data.collate_supervised(rows, length)
-    raise ValueError(f"plan knows the experiments of rljax.offline and rljax.online, not {type(run).__name__}")
+    raise UserError(f"plan knows the experiments of rljax.offline and rljax.online, not {type(run).__name__}")
 
 
 def _fresh_reference(run: Any, mesh: Mesh, start: policy.Policy, batch: Any) -> Program:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rljax import progress
+from rljax.errors import UserError
 
 
 class Chip(NamedTuple):
@@ -74,17 +75,17 @@ OFFLINE = {
 def machine(topology: str | None, slices: int | None = None) -> Machine:
     """Named TPU slices ("v5e:16x16", "2xv5p:8x8x8"), none of which has to be there; None: the devices of this process.
 
-    ImportError without libtpu; ValueError for a name that it does not know.
+    ImportError without libtpu; UserError for a name that it does not know.
     """
     if topology is None:
         if slices is not None:
-            raise ValueError(f"slices={slices} are of a topology: name one, --topology v5e:16x16 say")
+            raise UserError(f"slices={slices} are of a topology: name one, --topology v5e:16x16 say")
         return Machine(f"{len(jax.devices())} × {jax.devices()[0].device_kind}", jax.devices(), _at_hand())
     count, generation, shape = _parse(topology)
     if slices is not None and count not in (1, slices):
-        raise ValueError(f"the topology {topology!r} has {count} slices and slices={slices}: give one of the two")
+        raise UserError(f"the topology {topology!r} has {count} slices and slices={slices}: give one of the two")
     if slices is not None and slices < 1:
-        raise ValueError(f"slices={slices} must be at least 1")
+        raise UserError(f"slices={slices} must be at least 1")
     count = max(count, slices or 1)
     name = f"{generation}:{'x'.join(map(str, shape))}"
     return Machine(f"{count}x{name}" if count > 1 else name, _devices(generation, shape, count), CHIPS[generation])
@@ -95,14 +96,14 @@ def _parse(topology: str) -> tuple[int, str, tuple[int, ...]]:
     found = re.fullmatch(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)", topology.strip().lower())
     generation = found[2] if found else None
     if found is None or generation not in CHIPS:
-        raise ValueError(
+        raise UserError(
             f"there is no topology {topology!r}: it is a generation and the sides of a slice, "
             f"{', '.join(map(_example, CHIPS))}, and with several slices 2xv5e:16x16"
         )
     sides = tuple(map(int, found[3].split("x")))
     wanted = CHIPS[generation].sides
     if len(sides) != wanted or 0 in sides or found[1] == "0":
-        raise ValueError(
+        raise UserError(
             f"the topology {topology!r} has {len(sides)} sides, but slices of {generation} have {wanted}, of one chip "
             f"or more: {_example(generation)}, say"
         )
@@ -133,7 +134,7 @@ def _devices(generation: str, sides: tuple[int, ...], slices: int) -> Sequence[A
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as error:  # the errors of the plug-in have classes of their own
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"the compiler knows no slice {name} ({reason}): take sides that are offered, powers of two or multiples "
             f"of four"
         ) from error

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from rljax.errors import UserError
+
 NONE_HINT = "return None for a row to which the reward does not apply"
 
 
@@ -21,7 +23,7 @@ class Answer(NamedTuple):
     per_token: list[np.ndarray | None] | None  # f32[len(completion)] a row, None where it does not apply
 
 
-class Wrong(ValueError):
+class Wrong(UserError):
     """What is wrong with an answer, and in which row."""
 
     def __init__(self, what: str, row: int | None = None):

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from rljax import artefacts, data, models
+from rljax.errors import UserError
 from rljax.manifest import read_json
 from rljax.models import encoder as encoders
 from rljax.models import hf, hf_encoder, resolve
@@ -89,7 +90,7 @@ def from_checkpoint(
     options = {"output": (output, ("logit", "probability")), "judged": (judged, JUDGED)}
     for option, (value, known) in options.items():
         if value not in known:
-            raise ValueError(f"from_checkpoint: {option} is {value!r}; choose one of {', '.join(map(repr, known))}")
+            raise UserError(f"from_checkpoint: {option} is {value!r}; choose one of {', '.join(map(repr, known))}")
     fn = Checkpoint(str(path), label, output, judged, batch, max_length)
     named = pathlib.Path(path).name if name is None else name
     made = reward(fn, weight=weight, name=named)
@@ -167,7 +168,7 @@ def batched(
 ) -> np.ndarray:
     """function(params, ids, segments, types) of all rows, `batch` at a time, those of like length together."""
     if batch < 1:
-        raise ValueError(f"rewards are judged batch={batch} rows at a time: give at least 1")
+        raise UserError(f"rewards are judged batch={batch} rows at a time: give at least 1")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
     parts = []
     for start in range(0, len(order), batch):
@@ -227,7 +228,7 @@ def _open(source: Checkpoint) -> Judge:
 def _open_run(source: Checkpoint, folder: pathlib.Path) -> Judge:
     start, params, _ = artefacts.load_run(folder)
     if "head" not in params:
-        raise ValueError(f"{folder} is the run of a policy, which gives no rewards: name one of offline.RewardModel")
+        raise UserError(f"{folder} is the run of a policy, which gives no rewards: name one of offline.RewardModel")
     accelerated = jax.default_backend() != "cpu"
     compute = (read_json(folder / "experiment.json") or {}).get("compute_dtype")
     compute = compute or ("bfloat16" if accelerated else "float32")
@@ -238,7 +239,7 @@ def _open_run(source: Checkpoint, folder: pathlib.Path) -> Judge:
 
 def _decoder(source: Checkpoint, model: ScalarModel, params: Params, tokenizer: Any) -> Judge:
     if source.judged != "prompt+completion":
-        raise ValueError(f"{source.path} is a decoder, which reads prompt and completion: leave judged out")
+        raise UserError(f"{source.path} is a decoder, which reads prompt and completion: leave judged out")
     _label(source, ("LABEL_0",))  # the name that transformers gives to the only label
     longest = _limit(source, model.config.max_positions, min(LONGEST, model.config.max_positions))
 
@@ -325,14 +326,12 @@ def _embedder(name: str) -> tuple[Any, Params, Any, Callable[..., Array]]:
 def _label(source: Checkpoint, labels: Sequence[str]) -> int:
     """Which output is asked for."""
     if not labels:
-        raise ValueError(f"{source.path} has no classifier: name a …ForSequenceClassification checkpoint")
+        raise UserError(f"{source.path} has no classifier: name a …ForSequenceClassification checkpoint")
     if source.label is None and len(labels) == 1:
         return 0
     if source.label not in labels:
         asked = "no label was named" if source.label is None else f"{source.label!r} is none of them"
-        raise ValueError(
-            f"{source.path} tells {len(labels)} labels apart ({', '.join(labels)}), and {asked}: set label"
-        )
+        raise UserError(f"{source.path} tells {len(labels)} labels apart ({', '.join(labels)}), and {asked}: set label")
     return labels.index(source.label)
 
 
@@ -340,7 +339,7 @@ def _limit(source: Checkpoint, positions: int, default: int) -> int:
     if source.max_length is None:
         return default
     if not 1 <= source.max_length <= positions:
-        raise ValueError(
+        raise UserError(
             f"max_length={source.max_length}, but {source.path} has {positions} positions: 1 to {positions}"
         )
     return source.max_length

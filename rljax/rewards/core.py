@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rljax.errors import UserError
 
-class RewardError(ValueError):
+
+class RewardError(UserError):
     """A reward that failed, or returned what is not a reward: says which, for which row, and what to do."""
 
 
@@ -70,7 +72,7 @@ def reward(fn: Callable[..., Any], *, weight: float | None = None, name: str | N
         changed |= {"fn": functools.partial(inner.fn, **bound)} if bound else {}
         return dataclasses.replace(inner, **changed)
     if not callable(fn):
-        raise ValueError(
+        raise UserError(
             f"a reward is a callable (prompts, completions, **fields) -> numbers, or several in a tuple; not {fn!r}"
         )
     return Reward(fn, _name(_function_name(fn) if name is None else name), _weight(1.0 if weight is None else weight))
@@ -97,16 +99,16 @@ def as_rewards(one_or_many: Callable[..., Any] | Sequence[Callable[..., Any]]) -
     if callable(one_or_many):
         return (reward(one_or_many),)
     if isinstance(one_or_many, str | bytes | Mapping) or not isinstance(one_or_many, Sequence):
-        raise ValueError(
+        raise UserError(
             f"rewards are a callable (prompts, completions, **fields) -> numbers, or a list of them, not {one_or_many}"
         )
     found = tuple(reward(one) for one in one_or_many)
     if not found:
-        raise ValueError("there is no reward in the list of rewards: give at least one callable")
+        raise UserError("there is no reward in the list of rewards: give at least one callable")
     names = [one.name for one in found]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{names.count(name)} rewards are called {name!r}, and each needs a name of its own for its metrics: "
                 f'give one with rewards.reward(FUNCTION, name="…")'
             )
@@ -138,11 +140,11 @@ def _function_name(fn: Any) -> str:
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"the name of a reward is a text that is not empty (it stands in metrics), not {name!r}")
+        raise UserError(f"the name of a reward is a text that is not empty (it stands in metrics), not {name!r}")
     return name
 
 
 def _weight(weight: Any) -> float:
     if isinstance(weight, str) or not math.isfinite(weight):
-        raise ValueError(f"the weight of a reward is a finite number, not {weight!r}")
+        raise UserError(f"the weight of a reward is a finite number, not {weight!r}")
     return float(weight)

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from rljax import ops
+from rljax.errors import UserError
 from rljax.rewards.core import Reward, Scores, deciding
 from rljax.types import Tokens
 
@@ -38,7 +39,7 @@ def judge_on_device(
             per_token = one.weight * said + (0.0 if per_token is None else per_token)
             said = jnp.sum(said, axis=1)
         if said.shape != (b,):
-            raise ValueError(
+            raise UserError(
                 f"the on-device reward {one.name} returned an array of shape {said.shape} for tokens of shape "
                 f"{(b, t)}: return {(b,)}, one number a row, or {(b, t)}, one a token"
             )

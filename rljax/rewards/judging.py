@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rljax.errors import UserError
 from rljax.rewards.answers import Answer, Wrong, parse
 from rljax.rewards.core import Reward, RewardError, Scores, deciding, described
 
@@ -118,11 +119,11 @@ def start(
     ids = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
     for name, column in {"completions": completions, **ids, **fields}.items():
         if len(column) != len(prompts):
-            raise ValueError(f"{name} has {len(column)} entries for {len(prompts)} prompts: give one for each row")
+            raise UserError(f"{name} has {len(column)} entries for {len(prompts)} prompts: give one for each row")
     rows = Rows(prompts, completions, {**fields, **ids}, [len(ids) for ids in completion_ids])
     device = [one.name for one in rewards if one.on_device]
     if device:
-        raise ValueError(f"the reward {device[0]} is a JAX function: judge it with judge_on_device")
+        raise UserError(f"the reward {device[0]} is a JAX function: judge it with judge_on_device")
     awaited = Awaited([], threading.Event())
     answers = {one.name: _begin(one, rows, awaited) for one in rewards}
     return Judgement(tuple(rewards), rows, answers, awaited, time.monotonic())

@@ -12,6 +12,8 @@ from typing import Any
 
 import regex
 
+from rljax.errors import UserError
+
 PATIENCE = 5.0  # seconds that a pattern given by a user may take with one text; microseconds are usual
 THINK_ANSWER = (
     r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"  # each tag once, thoughts first
@@ -52,7 +54,7 @@ def numeric_match(
     A text's number is the one after its last "####" (as in GSM8K), else the last in it: -3, 1,234.50, $5, 1e-3, 12%
     (which is 12) or a fraction 3/4. Numbers are compared as decimals (0.1 is 0.10), never evaluated.
     answer: a number or a text with one, a whole GSM8K solution for instance; None does not apply; one without a number
-      is a ValueError. tolerance: how far apart the two may be.
+      is a UserError. tolerance: how far apart the two may be.
     """
     found: list[float | None] = []
     for completion, wanted in zip(completions, answer, strict=True):
@@ -61,7 +63,7 @@ def numeric_match(
             continue
         goal, said = last_number(str(wanted)), last_number(completion)
         if goal is None:
-            raise ValueError(f"numeric_match: there is no number in the field answer: {wanted!r}")
+            raise UserError(f"numeric_match: there is no number in the field answer: {wanted!r}")
         found.append(float(said is not None and _close(said, goal, tolerance)))
     return found
 
@@ -96,7 +98,7 @@ def regex_match(
     pattern: a Python regular expression, bound with functools.partial(regex_match, pattern=…), or a field of the data
       with one a row, where None does not apply. (?i) at its start ignores case, (?s) lets a dot match line ends. A
       pattern with nested repetition, such as (a|aa)+$, can take for ever on some texts: after 5 seconds with one text
-      that is a ValueError which names both.
+      that is a UserError which names both.
     """
     patterns = [pattern] * len(completions) if isinstance(pattern, str) else pattern
     return [
@@ -121,7 +123,7 @@ def _compiled(pattern: str, flags: int = 0) -> Any:
     try:
         return regex.compile(pattern, flags)
     except regex.error as error:
-        raise ValueError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
+        raise UserError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
 
 def _in_time(match: Callable[..., Any], text: str) -> bool:
@@ -130,7 +132,7 @@ def _in_time(match: Callable[..., Any], text: str) -> bool:
         return match(text, timeout=PATIENCE, concurrent=True) is not None
     except TimeoutError:
         shown = text if len(text) <= 200 else f"{text[:200]}…"
-        raise ValueError(
+        raise UserError(
             f"the pattern {match.__self__.pattern!r} took more than {PATIENCE:g} seconds with the text {shown!r}: "
             "write it without repetitions inside of repetitions, such as (a|aa)+"
         ) from None

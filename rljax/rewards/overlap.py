@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rljax.errors import UserError
 from rljax.rewards.matching import accepted
 from rljax.rewards.text import needs
 
@@ -98,10 +99,10 @@ def references(name: str, answer: Sequence[Any] | None, reference: Sequence[Any]
     """The reference texts of each row."""
     column = answer if reference is None else reference
     if column is None:
-        raise ValueError(f"the reward {name} compares with a reference: the data needs a field reference, or answer")
+        raise UserError(f"the reward {name} compares with a reference: the data needs a field reference, or answer")
     found = [None if one is None else [str(text) for text in accepted(one)] for one in column]
     if [] in found:
-        raise ValueError(f"the reward {name}: row {found.index([])} has an empty list of references; give null instead")
+        raise UserError(f"the reward {name}: row {found.index([])} has an empty list of references; give null instead")
     return found
 
 
@@ -137,7 +138,7 @@ def _rouge_scorer(kind: str) -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ValueError(needs(kind, "rouge-score")) from error
+        raise UserError(needs(kind, "rouge-score")) from error
     return RougeScorer([kind])
 
 
@@ -146,5 +147,5 @@ def _sacrebleu(metric: str, **settings: Any) -> Any:
     try:
         from sacrebleu import metrics
     except ImportError as error:
-        raise ValueError(needs(metric, "sacrebleu")) from error
+        raise UserError(needs(metric, "sacrebleu")) from error
     return getattr(metrics, metric)(**settings)

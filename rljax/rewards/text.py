@@ -6,6 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rljax.errors import UserError
+
 
 def length(
     prompts: Sequence[Any],
@@ -21,9 +23,9 @@ def length(
     how much of a reward model's gain is length (Singhal et al. 2023, arXiv:2310.03716).
     """
     if unit not in ("tokens", "words"):
-        raise ValueError(f"length: unit is {unit!r}; choose 'tokens' or 'words'")
+        raise UserError(f"length: unit is {unit!r}; choose 'tokens' or 'words'")
     if target_length is not None and not target_length > 0:
-        raise ValueError(f"length: target_length is {target_length}, and lengths are measured against it: above 0")
+        raise UserError(f"length: target_length is {target_length}, and lengths are measured against it: above 0")
     counted = completion_ids if unit == "tokens" else [text.split() for text in completions]
     counts = [float(len(one)) for one in counted]
     return counts if target_length is None else [1.0 - abs(n - target_length) / target_length for n in counts]
@@ -38,7 +40,7 @@ def repetition_penalty(prompts: Sequence[Any], completions: Sequence[str], *, ng
     (arXiv:2502.03373) penalise repetition of long thoughts likewise; how much is the reward's weight.
     """
     if ngram_size < 1:
-        raise ValueError(f"repetition_penalty: ngram_size is {ngram_size}; it must be at least 1")
+        raise UserError(f"repetition_penalty: ngram_size is {ngram_size}; it must be at least 1")
     found = []
     for completion in completions:
         words = completion.lower().split()
@@ -66,7 +68,7 @@ def _vader() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise ValueError(needs("vader_sentiment", "vaderSentiment")) from error
+        raise UserError(needs("vader_sentiment", "vaderSentiment")) from error
     return SentimentIntensityAnalyzer()
 
 
@@ -77,7 +79,7 @@ def needs(reward: str, package: str) -> str:
 def judged_texts(prompts: Sequence[Any], completions: Sequence[str], judged: str) -> list[str]:
     """The completions, or each behind its prompt (of messages, their contents on lines of their own)."""
     if judged not in ("completion", "prompt+completion"):
-        raise ValueError(f"judged is {judged!r}; choose 'completion' or 'prompt+completion'")
+        raise UserError(f"judged is {judged!r}; choose 'completion' or 'prompt+completion'")
     if judged == "completion":
         return list(completions)
     return [prompt_text(prompt) + completion for prompt, completion in zip(prompts, completions, strict=True)]
