@@ -2,7 +2,7 @@
 
     rljax run experiments/calculator.py
 
-Needs `pip install "rljax[gguf]"`. The model is fetched once (93 MB). 12 minutes on two CPU cores. Three worked examples
+Needs `pip install -e ".[gguf]"`. The model is fetched once (93 MB). 12 minutes on two CPU cores. Three worked examples
 stand before every exercise; to be learned is to copy the exercise into a call, each time and right. Expected: nearly
 all of them, since the calculator does the rest. Measured on 32 held-out exercises, right answers before, after 10 and
 after 20 iterations of 2 × 8 episodes (standard error of a share of 0.9: 0.05), and the KL(policy ‖ reference) of an

@@ -9,7 +9,7 @@ what KL to the reference.
     rljax run experiments/dpo_sentiment.py
     rljax run experiments/dpo_sentiment.py --steps 1000 --batch 64 --data.openings 336    # on a GPU or TPU
 
-Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). Two CPU cores: the first step after about
+Needs `pip install -e ".[gguf,metrics]"`. The model is fetched once (93 MB). Two CPU cores: the first step after about
 100 seconds, everything in about five minutes when nothing else runs. One continuation of each of the 64 held-out
 openings, before and after 50 steps (standard error of a mean: 0.04), and KL(policy ‖ reference) of the sequences after:
 

@@ -3,7 +3,7 @@
 
     rljax run experiments/ppo_sentiment.py
 
-Needs `pip install "rljax[gguf,metrics]"`. The model is fetched once (93 MB). 17 minutes on one CPU core. One
+Needs `pip install -e ".[gguf,metrics]"`. The model is fetched once (93 MB). 17 minutes on one CPU core. One
 continuation of each of the 64 held-out openings of `dpo_sentiment.py`, before and after 40 iterations of 32 samples
 (standard error of a mean: 0.04), and the KL(policy ‖ reference) of the sequences after; expected was about what DPO
 reaches there (0.30):

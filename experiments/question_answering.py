@@ -3,7 +3,7 @@ language: an answer is an episode of one turn, and its reward is the F1 of the w
 
     rljax run experiments/question_answering.py
 
-Needs `pip install "rljax[gguf,environments]"`. The model is fetched once (93 MB). 19 minutes on two CPU cores that ran
+Needs `pip install -e ".[gguf,environments]"`. The model is fetched once (93 MB). 19 minutes on two CPU cores that ran
 tests beside it. Expected: little, since a model of this size hardly knows these facts: it can prefer the answers it is
 surer of, and learn how long one is. Measured with seed 0, F1 of one answer to each of 32 held-out questions (standard
 error 0.02 to 0.05) first, after 20 and after 40 iterations: 0.03, 0.04, 0.11; mean of the 640 answers to training

@@ -3,7 +3,7 @@
 
     rljax run experiments/rlhf_sentiment.py --data sentences.jsonl
 
-Needs `pip install "rljax[gguf,metrics]"`; the model is fetched once (93 MB). The sentences of the figures below are the
+Needs `pip install -e ".[gguf,metrics]"`; the model is fetched once (93 MB). The sentences of the figures below are the
 10,662 of Pang and Lee (2005). 50 minutes on two CPU cores, half of them PPO's. Expected: a reward model well above
 chance, and a policy that it likes better at a KL of a few nats, with the gold reward, VADER's sentiment, following.
 Measured on about 640 held-out pairs and 128 held-out prompts (standard error of a mean about 0.04), by iterations of

@@ -4,7 +4,7 @@ Optimization (Rafailov et al. 2023, arXiv:2305.18290), on SmolLM2-135M with VADE
     python experiments/sentiment_frontier.py
     rljax run experiments/sentiment_frontier.py --methods dpo-0.1 ppo-6    # some of them
 
-For a GPU (`pip install "rljax[cuda,gguf,metrics]"`); at full size it has not been run yet.
+For a GPU (`pip install -e ".[cuda,gguf,metrics]"`); at full size it has not been run yet.
 `experiments/papers/dpo_frontier.py` is the same figure where every answer is known, and runs anywhere.
 
 All methods see the same openings. Pairs of the model's own continuations, the more positive one preferred, are made

@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import distributed, progress, traces
+from rljax import distributed, extras, progress, traces
 from rljax.errors import UserError
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
@@ -301,7 +301,7 @@ def _open_wandb(folder: pathlib.Path, project: str, config: Mapping[str, Any] | 
     try:
         import wandb
     except ImportError as error:
-        raise UserError('wandb is not installed: run `pip install "rljax[wandb]"`, or leave --wandb out') from error
+        raise UserError(f"wandb is not installed: {extras.install('wandb')}, or leave --wandb out") from error
     kept = folder / "wandb.json"
     if not kept.exists():
         write_json(kept, {"project": project, "id": secrets.token_hex(4)})

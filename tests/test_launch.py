@@ -21,7 +21,15 @@ from tests.distributed.conftest import small  # noqa: F401  (a fixture)
 from tests.test_programs import state_bits, wait_for_record
 
 SCRIPTS = pair.ROOT / "tpu_scripts"
-OPTIONS = ["--type", "v5litepod-8", "--runtime-version", "v2-alpha-tpuv5-lite", "--spot", "--package", "rljax==0.1.0"]
+OPTIONS = [
+    "--type",
+    "v5litepod-8",
+    "--runtime-version",
+    "v2-alpha-tpuv5-lite",
+    "--spot",
+    "--package",
+    "rljax-lm==0.1.0",
+]
 PREFIX = ["compute", "tpus", "queued-resources"]
 
 # A cloud of one slice with two workers: folders that are gone when it is deleted. FAKE_CLOUD/state holds the states
@@ -277,7 +285,7 @@ def test_a_slice_from_create_to_delete(whole):
     assert copy == ["scp", file, "my-slice:", "--recurse", *everywhere]
     for call in (setup, start, status):
         assert call[:5] == ["ssh", "my-slice", *everywhere, "--command"]
-    assert shlex.split(setup[5])[3:] == ["rljax", "rljax==0.1.0", "10.0.0.2:/share"]
+    assert shlex.split(setup[5])[3:] == ["rljax", "rljax-lm==0.1.0", "10.0.0.2:/share"]
     assert shlex.split(start[5])[3:] == ["rljax", "sft.py"]
     assert logs == ["ssh", "my-slice", "--node=0", "--worker=0", "--command", "tail -n 3 ~/rljax-job/log"]
     assert delete == ["delete", "my-slice", "--force"]
@@ -438,6 +446,8 @@ def test_a_dry_run_says_what_would_be_asked_and_asks_nothing(cloud):
         (["delete.sh", "--zone", ""], "ZONE is missing"),
         (["setup.sh"], "PACKAGE is missing"),
         (["setup.sh", "--package", "rljax"], "may be another program tomorrow"),
+        (["setup.sh", "--package", "rljax[tpu]==0.1.0"], "`rljax` on PyPI is another project"),
+        (["setup.sh", "--package", "rljax @ git+https://host/rljax@1a2b"], "ours is called rljax-lm"),
         (["setup.sh", "--package", "git+ssh://git@host/rljax"], "may be another program tomorrow"),
         (["setup.sh", *OPTIONS, "--copy", "nowhere.py"], "there is no nowhere.py to copy"),
         (["run.sh"], "name the experiment file"),

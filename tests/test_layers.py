@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "rljax"
 
 LEVELS = [
-    {"errors"},
+    {"errors", "extras"},
     {"__init__", "types"},
     {"ops"},
     {"losses"},

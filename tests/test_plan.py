@@ -404,7 +404,7 @@ def test_without_the_compiler(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(jax_topologies, "get_topology_desc", None)
     assert cli.main(["plan", str(write(tmp_path, SMALL, DPO)), "--topology", "v5e:4x4"]) == 2
-    assert 'pip install "rljax[plan]"' in capsys.readouterr().err
+    assert 'pip install "jax[tpu]"' in capsys.readouterr().err
 
 
 def test_only_a_config_is_needed(tmp_path):

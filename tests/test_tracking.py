@@ -227,7 +227,7 @@ def test_tensorboard_gets_the_scalars_and_purges_on_resume(tmp_path):
 
 def test_wandb_missing_is_said_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"pip install \"rljax\[wandb\]\""):
+    with pytest.raises(ValueError, match=r"pip install \"wandb"):
         open_tracker(tmp_path, wandb="project")
     calls = []
     (tmp_path / "wandb.py").write_text(

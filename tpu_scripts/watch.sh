@@ -11,7 +11,7 @@
 source "$(dirname "$0")/common.sh"
 parse "$@"
 [ ${#REST[@]} -gt 0 ] || fail "name the experiment file: ${0##*/} [options] FILE [--field value …]"
-need PACKAGE '--package rljax[tpu]==0.1.0'
+need PACKAGE '--package dist/rljax_lm-0.1.0-py3-none-any.whl'
 [[ $EVERY =~ ^[1-9][0-9]*$ ]] || fail "EVERY=$EVERY is not a number of seconds: say --every 60"
 run=("$here/run.sh" "${OPTIONS[@]}" -- "${REST[@]}") begun='' tries=0
 attempt() { "$@" || { tries=$((tries + 1)) && [ "$tries" -lt 3 ] || fail "this failed three times in a row: ${1##*/}"; }; }

@@ -26,7 +26,7 @@ that each takes two steps on a random small model of its family and rows in the 
 [scaling](scaling.md)). Times are at best, memory is of a device.
 
 Every figure has its source. *[unverified]* marks what could not be checked against a paper's text or code; *ours* what
-no source states. Data are read from the Hugging Face hub (`pip install "rljax[datasets]"`), or from files in the same
+no source states. Data are read from the Hugging Face hub (`pip install -e ".[datasets]"`), or from files in the same
 format: `--data FOLDER`, or `--data.source FOLDER` where a function makes the rows. The steps of a pipeline find each
 other under `runs/`, as their *Then* says: start every pipeline in a folder of its own.
 

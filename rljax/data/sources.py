@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax import extras
 from rljax.data.rows import Row, Rows, concatenate, in_memory, shown
 from rljax.errors import UserError
 
@@ -232,7 +233,7 @@ def _hugging_face(name: str, split: str) -> Rows:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"hf:{name} needs the extra `datasets`: pip install 'rljax[datasets]'") from error
+        raise UserError(f"hf:{name} needs the package datasets: {extras.install('datasets')}") from error
     repository, _, config = name.partition(":")
     try:
         source: Any = datasets.load_dataset(repository, config or None, split=split)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rljax import extras
 from rljax.data import Row
 from rljax.environments.prompts import Reward, host_rewards, judge
 from rljax.environments.turns import Environment, Text, Turn, message
@@ -65,14 +66,14 @@ def conversations(categories: Sequence[str] = CATEGORIES, *, language: str = "en
     """Rows {"turns"} of the conversations of the PyPI package chatterbot-corpus (BSD licence), each once.
 
     Not all categories hold dialogues: in "computers" and "emotion" one text is followed by several answers to it.
-    Needs `pip install "rljax[environments]"`.
+    Needs the extra `environments`.
     """
     try:
         import yaml
 
         folder = importlib.resources.files("chatterbot_corpus") / "data" / language
     except ImportError as error:
-        raise ImportError('conversations needs the corpus: pip install "rljax[environments]"') from error
+        raise UserError(f"conversations needs the corpus: {extras.install('environments')}") from error
     if not folder.is_dir():
         raise UserError(f"chatterbot-corpus has no language {language!r}")
     found: dict[tuple[str, ...], None] = {}

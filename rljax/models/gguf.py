@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from rljax import extras
 from rljax.errors import UserError
 from rljax.models.tensors import Box, Store, Stored
 
@@ -39,7 +40,7 @@ def read_fields(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise UserError(f"reading {path} needs the gguf package: pip install 'rljax[gguf]'.") from None
+        raise UserError(f"reading {path} needs the gguf package: {extras.install('gguf')}") from None
     try:
         reader = GGUFReader(path)
         return reader, {name: field.contents() for name, field in reader.fields.items()}

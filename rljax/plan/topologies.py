@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rljax import progress
+from rljax import extras, progress
 from rljax.errors import UserError
 
 
@@ -117,7 +117,7 @@ def _example(generation: str) -> str:
 def _devices(generation: str, sides: tuple[int, ...], slices: int) -> Sequence[Any]:
     """Devices of a slice (or several) that is not there, to compile for."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError('planning for a TPU needs its compiler, which runs anywhere: pip install "rljax[plan]"')
+        raise UserError(f"planning for a TPU needs its compiler, which runs anywhere: {extras.install('plan')}")
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     if os.environ.get("JAX_PLATFORMS") is None:  # no TPU is wanted here, but for its compiler

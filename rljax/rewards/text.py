@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rljax import extras
 from rljax.errors import UserError
 
 
@@ -73,7 +74,7 @@ def _vader() -> Any:
 
 
 def needs(reward: str, package: str) -> str:
-    return f'the reward {reward} needs the package {package}: pip install "rljax[metrics]"'
+    return f"the reward {reward} needs the package {package}: {extras.install('metrics')}"
 
 
 def judged_texts(prompts: Sequence[Any], completions: Sequence[str], judged: str) -> list[str]:

@@ -230,5 +230,5 @@ def test_hugging_face_without_the_extra(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "datasets", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    with fails("pip install 'rljax[datasets]'"):
+    with fails('pip install "datasets'):
         data.read("hf:me/things")
