@@ -10,7 +10,7 @@ from rljax import extras
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATTERNS = ("README.md", "pyproject.toml", "docs/**/*.md", "rljax/**/*.py", "experiments/**/*.py", "tpu_scripts/*")
-WRONG = re.compile(r"pip install [^\n`]*\brljax(?!-lm)\b.*|(?<![\w-])rljax\[(?:tpu|cuda|plan|gguf|metrics).*")
+WRONG = re.compile(r"pip install [^\n`&]*[\"' ]rljax[\"'\s\[=@].*|(?<![\w-])rljax\[(?:tpu|cuda|plan|gguf|metrics).*")
 
 
 @pytest.mark.parametrize(("extra", "package"), [("gguf", '"gguf<1,>=0.17"'), ("metrics", '"sacrebleu<3,>=2.4"')])
@@ -32,4 +32,5 @@ def test_without_metadata_it_is_the_command_for_a_checkout(monkeypatch, error):
 def test_nothing_says_to_install_the_other_project():
     texts = {path: path.read_text() for pattern in PATTERNS for path in ROOT.glob(pattern)}
     assert len(texts) > 100
+    assert WRONG.search('run `pip install "rljax[datasets]"`')
     assert {path: found for path, text in texts.items() if (found := WRONG.findall(text))} == {}
