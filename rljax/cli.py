@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         wanted = not argv or argv[0] in ("-h", "--help", "help")
         print(USAGE if wanted else f"rljax: there is no command {argv[0]!r}\n\n{USAGE}", file=sys.stderr)
         return 0 if argv and wanted else 2
+    with progress.lossy_screen():
+        return _call(command, argv, alone)
+
+
+def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str], alone: bool) -> int:
     try:
         if alone and command is run:
             allocator.keep_memory()  # first: what connects processes has threads
@@ -81,8 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rljax {argv[0]}: {error}", file=sys.stderr)
         return 2
     except (Exception, KeyboardInterrupt) as error:
-        distributed.end_all(error, 130 if isinstance(error, KeyboardInterrupt) else 1)
-        raise
+        interrupted = isinstance(error, KeyboardInterrupt)
+        distributed.end_all(error, 130 if interrupted else 1)
+        if not interrupted or os.environ.get("RLJAX_TRACEBACK"):
+            raise
+        print(f"rljax {argv[0]}: interrupted{f' ({error})' if str(error) else ''}", file=sys.stderr)
+        return 130
 
 
 def run_file(file: str) -> None:

@@ -22,6 +22,7 @@ from rljax import data, hosts, losses, models, policy, program, reference, repor
 from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
 from rljax.program import Evaluation, Progress, Run
+from rljax.progress import lossy_screen
 from rljax.types import TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
@@ -87,11 +88,12 @@ class Setup(NamedTuple):
 
 def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     """Train what the experiment describes, in its run folder; resume there if it was begun. Returns the exit status:
-    0, or 128 + the signal's number when Ctrl-C or SIGTERM ended the run (saved, to be resumed by the same command).
+    0, or 128 + the number of the signal (Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) that ended the run: saved, to be resumed by
+    the same command.
     """
     program.check_settings(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
-    with tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
+    with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         tracking.write_manifest(
             folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
         )

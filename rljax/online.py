@@ -43,6 +43,7 @@ from rljax.errors import UserError
 from rljax.iteration import Learner, Trace
 from rljax.online_setup import Setup, set_up
 from rljax.program import Evaluation, Progress
+from rljax.progress import lossy_screen
 from rljax.settings import PPO, Imitation, OnlinePreference, PolicyGradient, Sampled
 from rljax.types import Mean, Metrics
 
@@ -63,13 +64,14 @@ class State(NamedTuple):
 
 def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
     """Train what the experiment describes, in its run folder; resume there if it was begun. Returns the exit status:
-    0, or 128 + the signal's number when Ctrl-C or SIGTERM ended the run (saved, to be resumed by the same command).
+    0, or 128 + the number of the signal (Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) that ended the run: saved, to be resumed by
+    the same command.
     """
     program.check_settings(experiment)
     settings.check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     ranked: dict[str, Any] = {"best_metric": experiment.best, "best_mode": experiment.best_mode}
-    with tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
+    with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         tracking.write_manifest(
             folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
         )

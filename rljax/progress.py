@@ -7,9 +7,11 @@ seconds, so that logs stay readable. Model FLOPs utilisation is shown where the 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +52,59 @@ def peak_flops(device_kind: str | None = None) -> float | None:
     kind = jax.devices()[0].device_kind if device_kind is None else device_kind
     known = [name for name in PEAK_FLOPS if kind == name or kind.startswith((name + " ", name + "-"))]
     return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # of a stream that nobody reads any more
+
+
+class _Lossy:
+    """A stream that goes on without its reader: a pipe that was closed, a terminal that is gone."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except OSError as error:
+            if error.errno not in GONE:
+                return
+            with contextlib.suppress(OSError, ValueError):  # into nothing from here on: nobody stumbles, exit included
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, self._stream.fileno())
+                os.close(nothing)
+
+
+@contextlib.contextmanager
+def lossy_screen() -> Iterator[None]:
+    """What is printed while nobody reads it any more (`rljax run … | head -1`, a terminal that was closed) is lost, and
+    nothing else is: neither a run nor a reward that prints ends by it.
+    """
+    out, err = sys.stdout, sys.stderr
+    with contextlib.ExitStack() as opened:
+        mine = tuple(_Lossy(stream or opened.enter_context(open(os.devnull, "w"))) for stream in (out, err))
+        sys.stdout, sys.stderr = mine  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            for stream in mine:
+                stream.flush()
+            if (sys.stdout, sys.stderr) == mine:
+                sys.stdout, sys.stderr = out, err
 
 
 class Line:

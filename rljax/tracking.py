@@ -335,6 +335,9 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
         file.truncate(0)
 
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
 class Stop:
     """`requested`: the name of the signal that came, or None."""
 
@@ -352,7 +355,9 @@ class Stop:
 
 @contextlib.contextmanager
 def graceful_stop() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM (preemption) set `stop.requested`, which the loop polls; a second one is a KeyboardInterrupt.
+    """Ctrl-C, SIGTERM (preemption), SIGHUP (the terminal was closed) and SIGQUIT set `stop.requested`, which the loop
+    polls; a second one is a KeyboardInterrupt, but for SIGHUP, which a shell that ends sends twice. A SIGHUP that is
+    ignored (nohup) stays ignored.
 
     The handlers of before come back at the end. Python handles signals in the main thread: elsewhere this does nothing.
     """
@@ -363,15 +368,21 @@ def graceful_stop() -> Iterator[Stop]:
 def _graceful(stop: Stop) -> Iterator[Stop]:
     def handle(number: int, _: Any) -> None:
         name = signal.Signals(number).name
+        if stop.requested is not None and number == signal.SIGHUP:
+            return
         if stop.requested is not None:
             raise KeyboardInterrupt(f"{name} after {stop.requested}")
         stop.requested = name
-        os.write(2, f"\n{name}: saving after this step, then leaving (once more: leaving at once, unsaved)\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            said = f"\n{name}: saving after this step, then leaving (once more: leaving at once, unsaved)\n"
+            os.write(2, said.encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPS}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
     try:
         for number in before:
             signal.signal(number, handle)

@@ -315,7 +315,7 @@ def test_two_processes_never_share_a_run_and_a_killed_one_frees_it(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_the_first_signal_asks_and_the_second_insists(number, capfd):
     before = signal.getsignal(number)
     with tracking.graceful_stop() as stop:
@@ -324,9 +324,39 @@ def test_the_first_signal_asks_and_the_second_insists(number, capfd):
         assert stop.requested == number.name
         assert stop.agreed(3) == number.name
         assert f"{number.name}: saving" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGHUP)  # sent twice where a shell ends
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(number) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+    try:
+        with tracking.graceful_stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_screen_that_nobody_reads_is_lost_and_nothing_else(capfd, monkeypatch):
+    """A pipe whose reader has left, a stream that was closed: what is printed goes nowhere, and so it does at exit."""
+    ends = os.pipe()
+    with open(ends[1], "w", buffering=1) as out:
+        os.close(ends[0])
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", None)  # `2>&-`
+        with progress.lossy_screen():
+            line = progress.Line(3)
+            for step in range(3):
+                line.update(step, {}, {})
+                line.samples([{"prompt": "p", "completion": "c"}])
+            print("a reward that prints")
+            print("and one that complains", file=sys.stderr)
+            assert not sys.stdout.isatty()
+        assert sys.stdout is out
+        print("after it", flush=True)
 
 
 def test_signals_are_left_alone_in_other_threads():

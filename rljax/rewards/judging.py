@@ -250,7 +250,7 @@ def _ask(one: Reward, rows: Rows, awaited: Awaited) -> Answer:
         return parse(_call(one.fn, rows, awaited), rows.lengths)
     except Wrong as wrong:
         raise RewardError(_message(one.name, rows, wrong.row, wrong.what)) from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # SystemExit and KeyboardInterrupt too: they are the reward's
         row = None if awaited.over.is_set() else _culprit(one.fn, rows, type(error), awaited)
         raise RewardError(_message(one.name, rows, row, f"it raised {described(error)}")) from error
 
@@ -262,14 +262,22 @@ def _call(fn: Callable[..., Any], rows: Rows, awaited: Awaited) -> Any:
     if not inspect.isawaitable(raw):
         return raw
 
-    async def wait() -> Any:
-        return await raw
+    async def wait() -> tuple[Any, BaseException | None]:
+        try:
+            return await raw, None
+        except asyncio.CancelledError:  # given up
+            raise
+        except BaseException as error:  # a SystemExit raised there would end the loop of all rewards
+            return None, error
 
     task = asyncio.run_coroutine_threadsafe(wait(), _event_loop())
     awaited.tasks.append(task)
     if awaited.over.is_set():  # only now, when nobody else would cancel it
         task.cancel()
-    return task.result()
+    said, error = task.result()
+    if error is not None:
+        raise error
+    return said
 
 
 def _culprit(fn: Callable[..., Any], rows: Rows, kind: type[BaseException], awaited: Awaited) -> int | None:
@@ -285,7 +293,7 @@ def _culprit(fn: Callable[..., Any], rows: Rows, kind: type[BaseException], awai
             _call(fn, alone, awaited)
         except kind:
             return row
-        except (Exception, SystemExit):
+        except BaseException:
             continue
     return None
 

@@ -334,7 +334,7 @@ def test_a_reward_that_raises_names_the_row():
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_reward_that_raises_on_the_batch_only_and_one_that_exits():
+def test_a_reward_that_raises_on_the_batch_only():
     def together(prompts, completions):
         if len(prompts) > 1:
             raise KeyError("too many")
@@ -343,11 +343,33 @@ def test_a_reward_that_raises_on_the_batch_only_and_one_that_exits():
     with pytest.raises(rewards.RewardError, match=r"together failed: it raised KeyError.*The first of its rows, row 0"):
         judge(together)
 
-    def leaves(prompts, completions):
-        raise SystemExit(3)
 
-    with pytest.raises(rewards.RewardError, match="leaves failed in row 0: it raised SystemExit: 3"):
-        judge(leaves)
+class Gone(BaseException):
+    """One's own, beside Exception."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, Gone])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_would_end_a_program_ends_as_an_error_of_the_reward(kind, asynchronous):
+    """Also in the loop that all async rewards share, which goes on."""
+
+    def leaves(prompts, completions):
+        if "" in completions:
+            raise kind(3)
+        return [0.0] * len(completions)
+
+    async def leaves_later(prompts, completions):
+        await asyncio.sleep(0)
+        return leaves(prompts, completions)
+
+    async def one(prompts, completions):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    one_of_them = rewards.reward(leaves_later if asynchronous else leaves, name="leaves")
+    with pytest.raises(rewards.RewardError, match=f"leaves failed in row 2: it raised {kind.__name__}: 3"):
+        judge(one_of_them)
+    assert judge(one).total.tolist() == [1.0] * 3
 
 
 def test_long_texts_are_shortened():
