@@ -4,18 +4,13 @@ file knows arguments.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import importlib.util
-import inspect
 import json
 import os
 import pathlib
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
-from types import ModuleType, NoneType
+from types import ModuleType
 from typing import Any
 
 import tyro
@@ -28,6 +23,7 @@ from rljax import (
     compilation,
     distributed,
     evidence,
+    failures,
     hosts,
     offline,
     online,
@@ -37,8 +33,10 @@ from rljax import (
 from rljax import plan as planning
 from rljax import report as reports
 from rljax.errors import UserError
+from rljax.options import import_file, read_experiment, with_options
 
-PLAIN = (bool, int, float, str)  # what can be written on a command line
+__all__ = ["import_file", "main", "read_experiment", "run_file", "with_options"]
+
 USAGE = """usage: rljax COMMAND …
 
   run FILE [--field value …]        train what FILE's `experiment` describes (or call its `main`)
@@ -78,17 +76,18 @@ def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str], alone: b
         if command in (run, selfcheck, reproduce):
             compilation.keep_programs()
         return command(argv[1:])
-    except (UserError, FileNotFoundError, ImportError) as error:
+    except Exception as error:
+        status = 2 if isinstance(error, UserError | OSError | ImportError | SyntaxError) else 1
         if not isinstance(error, hosts.AgreedError):  # else all processes leave by themselves
-            distributed.end_all(error, 2)
-        if os.environ.get("RLJAX_TRACEBACK"):
+            distributed.end_all(error, status)
+        text = failures.paragraph(error)
+        if text is None or failures.wanted():
             raise
-        print(f"rljax {argv[0]}: {error}", file=sys.stderr)
-        return 2
-    except (Exception, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        distributed.end_all(error, 130 if interrupted else 1)
-        if not interrupted or os.environ.get("RLJAX_TRACEBACK"):
+        print(f"rljax {argv[0]}: {text}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt as error:
+        distributed.end_all(error, 130)
+        if failures.wanted():
             raise
         print(f"rljax {argv[0]}: interrupted{f' ({error})' if str(error) else ''}", file=sys.stderr)
         return 130
@@ -318,113 +317,3 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "reproduce": reproduce,
 }
-
-
-def read_experiment(argv: Sequence[str], command: str) -> tuple[Any, pathlib.Path]:
-    """(the file's experiment with the options applied, the file); a file with `main` gives a function to call."""
-    if not argv or argv[0].startswith("-"):
-        raise UserError(f"name the experiment file: rljax {command} FILE [--field value …]")
-    file = pathlib.Path(argv[0])
-    module = import_file(file)
-    prog = f"rljax {command} {file}"
-    if hasattr(module, "experiment"):
-        return with_options(module.experiment, argv[1:], prog), file
-    if hasattr(module, "main"):
-        return functools.partial(tyro.cli, module.main, args=list(argv[1:]), prog=prog), file
-    raise UserError(f"{file} defines neither `experiment` (a value such as rljax.offline.Preference(…)) nor `main`")
-
-
-def import_file(file: pathlib.Path) -> ModuleType:
-    """Import an experiment module by its path, under its own name, with its folder importable as for `python FILE`."""
-    if not file.is_file():
-        raise UserError(f"there is no experiment file {file}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    sys.path.insert(0, str(file.parent.resolve()))
-    spec.loader.exec_module(module)
-    return module
-
-
-def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") -> Any:
-    """Replace fields of an experiment by `--field value`, and keyword arguments of its functions by `--field.name
-    value`.
-
-    The options are a dataclass made from the experiment's value: a field that holds a function becomes a group of that
-    function's keyword-only parameters. What is not among them is an error.
-    """
-    hints = typing.get_type_hints(type(experiment))
-    values = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
-    options, defaults = [], {}
-    for name, value in values.items():
-        if callable(value):
-            group = _keyword_options(name, value)
-            if group is not None:
-                options.append((name, type(group), dataclasses.field(default=group)))
-                defaults[name] = group
-        elif (kind := _written(hints[name])) is not None and (value is None or isinstance(value, PLAIN)):
-            options.append((name, kind, dataclasses.field(default=value)))
-    made = dataclasses.make_dataclass(type(experiment).__name__, options, kw_only=True, frozen=True)
-    made.__doc__ = type(experiment).__doc__
-    chosen = tyro.cli(made, args=list(argv), prog=prog)
-    changes = {name: getattr(chosen, name) for name, _, _ in options}
-    for name, default in defaults.items():
-        old = dataclasses.asdict(default)
-        given = {key: value for key, value in dataclasses.asdict(changes[name]).items() if value != old[key]}
-        changes[name] = functools.partial(values[name], **given) if given else values[name]
-    return dataclasses.replace(experiment, **changes)
-
-
-def _keyword_options(name: str, function: Callable[..., Any]) -> Any:
-    """A dataclass value of the parameters that fit on a command line, or None where there are none: those with a
-    default that does, and keywords that have to be given, which are None until they are; a reward's are data.
-    """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some builtins have no signature
-        return None
-    hints = _hints(function)
-    fields = []
-    for parameter in parameters:
-        empty = parameter.default is inspect.Parameter.empty
-        asked = empty and parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "reward"
-        default = None if asked else parameter.default
-        kind = _option_type(hints.get(parameter.name), default)
-        if kind is not None:
-            fields.append((parameter.name, kind | None if asked else kind, dataclasses.field(default=default)))
-    return dataclasses.make_dataclass(name, fields, kw_only=True, frozen=True)() if fields else None
-
-
-def _option_type(hint: Any, default: Any) -> Any:
-    """What to read an option as: its annotation if that is plain, else the type of its default (1 may become 0.5)."""
-    if default is inspect.Parameter.empty or not (default is None or isinstance(default, PLAIN)):
-        return None
-    if any(hint is t for t in PLAIN) or (
-        typing.get_args(hint) and all(t in (*PLAIN, NoneType) for t in typing.get_args(hint))
-    ):
-        return hint
-    if default is None:  # a number where there is one: `ops.Scalar | None`
-        return float | None if any(getattr(t, "dim_str", None) == "" for t in typing.get_args(hint)) else None
-    return float if type(default) is int else type(default)
-
-
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    while isinstance(function, functools.partial):
-        function = function.func
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError):  # annotations that only a type checker can read
-        return {}
-
-
-def _written(hint: Any) -> Any:
-    """The part of a field's type that can be written on a command line; None where nothing can."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    parts = [t for t in (typing.get_args(hint) if union else (hint,)) if t in PLAIN or _is_literal(t) or t is NoneType]
-    return typing.Union[tuple(parts)] if parts and parts != [NoneType] else None  # noqa: UP007
-
-
-def _is_literal(hint: Any) -> bool:
-    return typing.get_origin(hint) is typing.Literal

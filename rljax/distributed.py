@@ -28,6 +28,7 @@ import jax
 from jax._src import clusters  # JAX can be asked whether there is a cluster only here
 from jax._src.distributed import global_state  # and for the store of keys that its processes share
 
+from rljax import failures
 from rljax.errors import UserError
 
 WAIT_TO_MEET = 300  # seconds until all processes have to be there
@@ -187,18 +188,22 @@ def end_all(error: BaseException, status: int) -> None:
     if _is_of_the_connection(error):
         _wait_for(FAILED, 4 * POLL)  # one that failed has said so before it left
         if _failure() is None:
-            print(f"rljax: process {me} was cut off ({_line(error)}); which was lost?", file=sys.stderr, flush=True)
+            print(
+                f"rljax: process {me} was cut off ({failures.line(error)}); which was lost?",
+                file=sys.stderr,
+                flush=True,
+            )
             _wait_for(FAILED, timeout() + FAREWELL)  # the service ends this process as soon as it knows who is gone
     else:
-        told = {"process": me, "status": status, "error": _line(error)}
+        told = {"process": me, "status": status, "error": failures.line(error)}
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # somebody was faster
             client.key_value_set(FAILED, json.dumps(told))
     first = _failure()
     if first is None or first["process"] == me:
-        unexpected = not isinstance(error, ValueError | OSError | ImportError | KeyboardInterrupt)
-        if unexpected or os.environ.get("RLJAX_TRACEBACK"):
+        unexpected = not isinstance(error, KeyboardInterrupt) and failures.paragraph(error) is None
+        if unexpected or failures.wanted():
             traceback.print_exception(error)
-        first = {"process": me, "status": status, "error": _line(error)}
+        first = {"process": me, "status": status, "error": failures.line(error)}
     _leave(first)
 
 
@@ -255,11 +260,6 @@ def _wait_for(key: str, seconds: float) -> None:
 def _is_of_the_connection(error: BaseException) -> bool:
     kind = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
     return kind and re.search(r"(?i)gloo|nccl|unavailable:|connection (reset|closed|refused)", str(error)) is not None
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _client() -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rljax import sharding
+from rljax import failures, sharding
 from rljax.errors import UserError
 
 T = TypeVar("T")
@@ -222,8 +222,7 @@ def together(call: Callable[[], T]) -> T:
         result = call()
     except Exception as error:
         caught = error
-    said = "" if caught is None else f"{'' if isinstance(caught, UserError) else type(caught).__name__ + ': '}{caught}"
-    failed = first_failure(None if caught is None else said)
+    failed = first_failure(None if caught is None else failures.line(caught))
     if failed is None:
         return result  # pyright: ignore[reportReturnType]
     raise AgreedError(f"process {failed[0]} of {jax.process_count()}: {failed[1]}") from caught

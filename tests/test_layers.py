@@ -11,6 +11,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "rljax"
 
 LEVELS = [
     {"errors", "extras"},
+    {"failures"},
     {"__init__", "types"},
     {"ops"},
     {"losses"},
@@ -26,7 +27,7 @@ LEVELS = [
     {"tracking", "tasks", "rewards", "methods", "critics"},
     {"environments"},
     {"report", "runs", "program", "selfchecks", "iteration"},
-    {"prompts", "papers", "compilation", "allocator", "overlays"},
+    {"prompts", "papers", "options", "compilation", "allocator", "overlays"},
     {"judges", "settings", "evidence", "compare"},
     {"episodes"},
     {"presets", "collect", "evaluation"},
@@ -45,7 +46,7 @@ ONLY_IN = {
     "orbax": {"checkpoint"},
     "etils": {"checkpoint"},
     "transformers": {"models", "data"},
-    "tyro": {"cli"},
+    "tyro": {"cli", "options"},
     "grain": {"data"},
     "matplotlib": {"plots", "report", "papers", "overlays", "compare"},
     "jinja2": {"compare"},
