@@ -52,9 +52,13 @@ def check(
         raise UserError(f"temperature is {temperature}: logits are divided by it, so give 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k is {top_k}: at least 1 token must be left to draw; None keeps all")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if _known(value) and not 0 <= value <= 1:
-            raise UserError(f"{name} is {value}, and it is a probability: give 0 to 1, or None to cut nothing")
+    if _known(top_p) and not 0 < top_p <= 1:
+        raise UserError(
+            f"top_p is {top_p}, the probability that the tokens which may be drawn reach together: give a number above "
+            "0 and at most 1 (top_k=1 leaves the likeliest token alone), or None to cut nothing"
+        )
+    if _known(min_p) and not 0 <= min_p <= 1:
+        raise UserError(f"min_p is {min_p}, and it is a probability: give 0 to 1, or None to cut nothing")
     if min_new_tokens < 0:
         raise UserError(f"min_new_tokens is {min_new_tokens}: give 0 or more")
     if any(token < 0 for token in stop_ids):

@@ -23,6 +23,7 @@ from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
+from rljax.ranges import Coefficient, Natural
 from rljax.types import TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
@@ -40,7 +41,7 @@ class RewardModel(Run):
     """A scalar reward on comparisons: `loss` compares pairs, or picks the best of k."""
 
     loss: Callable[..., Any] = losses.bradley_terry_loss
-    normalize: int = 0  # policy samples on which the reward gets mean 0 and std 1, before and after (1909.08593)
+    normalize: Natural = 0  # policy samples on which the reward gets mean 0 and std 1, before and after (1909.08593)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Preference(Run):
     reference: bool = True  # False: the loss takes the policy's two arrays only (SimPO, ORPO, CPO, SLiC)
     share_prompts: bool = True  # compute a prompt once for chosen and rejected; changes speed and rounding only
     cache_reference: bool = True  # the reference's log-probabilities once, kept on disk; False: with every batch
-    nll_weight: float = 0.0  # plus this much negative log-likelihood of the chosen (ORPO, CPO, RPO)
+    nll_weight: Coefficient = 0.0  # plus this much negative log-likelihood of the chosen (ORPO, CPO, RPO)
     nll_average: bool = True  # per token (RPO, ORPO) or summed (CPO)
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, hosts, models, policy, sharding, traces, tracking, train
+from rljax import data, hosts, models, policy, ranges, sharding, traces, tracking, train
 from rljax.errors import UserError
 from rljax.manifest import read_json, write_json
+from rljax.ranges import Count, Natural, Positive, Rate, Seed
 from rljax.types import Mean, TrainState
 
 State = TypeVar("State")  # a pytree of arrays
@@ -31,43 +32,45 @@ class Run:
     model: str  # a folder, or a name that resolves to one: smollm2-135m-instruct
     data: str | Callable[..., Any]  # pairs.jsonl, x.parquet, tfds:NAME, hf:OWNER/NAME, or a function of the policy
     eval_data: str | None = None  # held-out rows; None sets some of `data` aside
-    eval_rows: int = 64  # how many are set aside (at most a tenth of the data)
+    eval_rows: Count = 64  # how many are set aside (at most a tenth of the data)
     split: str = "train"
-    max_prompt: int = 256  # tokens; longer prompts lose their beginning
-    max_completion: int = 256  # tokens; longer completions lose their end
+    max_prompt: Count = 256  # tokens; longer prompts lose their beginning
+    max_completion: Count = 256  # tokens; longer completions lose their end
 
-    steps: int = 200
-    batch: int = 8  # rows (pairs, comparisons) per update, over all devices
-    microbatches: int = 1
-    learning_rate: float = 1e-6
+    steps: Count = 200
+    batch: Count = 8  # rows (pairs, comparisons) per update, over all devices
+    microbatches: Count = 1
+    learning_rate: Rate = 1e-6
     schedule: Callable[..., optax.Schedule] = train.linear
     optimizer: Callable[..., optax.GradientTransformation] = ADAM
-    clip_norm: float | None = 1.0
-    seed: int = 0
+    clip_norm: Positive | None = 1.0
+    seed: Seed = 0
 
-    dtype: str = "float32"  # of the parameters and optimizer moments
-    compute_dtype: str | None = None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
-    remat: str = "dots"  # none | dots | full: what the backward pass computes again instead of keeping
-    attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (NVIDIA): what computes it, see docs/scaling.md
-    unroll: int | None = None  # layers per step of the scan; None: all of up to 8, else (and with remat "full") one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and optimizer moments
+    compute_dtype: Literal["float32", "bfloat16"] | None = (
+        None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
+    )
+    remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again instead of keeping
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: NVIDIA; see docs/scaling.md
+    unroll: Count | None = None  # layers per step of the scan; None: all of up to 8, else (and with remat "full") one
     offload_reference: bool = False  # initial weights wait in host memory and come to the device a layer at a time
     mesh: Callable[..., Mesh] = sharding.make_mesh
 
     name: str | None = None  # the run's folder; None: the file's name
     out: str = "runs"
-    eval_every: int = 50
-    save_every: int = 50
-    keep: int = 2
+    eval_every: Count = 50
+    save_every: Count = 50
+    keep: Count = 2
     best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
     best_mode: Literal["min", "max"] = "max"
-    patience: int | None = None  # stop after this many evaluations without a better `best`
-    samples: int = 4  # held-out prompts whose continuations are shown
-    sample_tokens: int = 64
+    patience: Count | None = None  # stop after this many evaluations without a better `best`
+    samples: Natural = 4  # held-out prompts whose continuations are shown
+    sample_tokens: Count = 64
     evaluate: Callable[..., Any] | None = (
         None  # (policy, reference params, key) -> Evaluation, before and after training
     )
     checks: bool = True
-    profile: int = 0  # steps to trace once the run has settled, for TensorBoard's Profile tab
+    profile: Natural = 0  # steps to trace once the run has settled, for TensorBoard's Profile tab
     wandb: bool = False
 
 
@@ -80,24 +83,16 @@ class Evaluation(NamedTuple):
 
 def check_settings(run: Run) -> None:
     """Raise UserError for settings that cannot work, before anything is loaded."""
-    positive = ("steps", "batch", "microbatches", "max_prompt", "max_completion", "eval_every", "save_every", "keep")
-    for name in positive:
-        if getattr(run, name) < 1:
-            raise UserError(f"{name} must be at least 1, got {getattr(run, name)}")
+    if hasattr(run.optimizer, "init"):
+        raise UserError(
+            "optimizer is a function of the learning rate, such as optax.adamw or "
+            "functools.partial(optax.adamw, b2=0.95), not what it makes: the run gives it its schedule"
+        )
+    ranges.check(run)
     if not _answered(run) and run.batch % run.microbatches:
         raise UserError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
-    if run.profile < 0:
-        raise UserError(f"profile is a number of steps to trace, got {run.profile}")
-    if run.learning_rate < 0:
-        raise UserError(f"learning_rate must not be negative, got {run.learning_rate}")
-    if run.best_mode not in ("min", "max"):
-        raise UserError(f"best_mode must be 'min' or 'max', got {run.best_mode!r}")
     if run.patience is not None and run.best is None:
         raise UserError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
-    if run.remat not in ("none", "dots", "full"):
-        raise UserError(f"remat must be 'none', 'dots' or 'full', got {run.remat!r}")
-    if run.attention not in ("auto", "xla", "splash", "cudnn"):
-        raise UserError(f"attention must be 'auto', 'xla', 'splash' or 'cudnn', got {run.attention!r}")
     if run.profile and run.steps <= traces.SETTLED:
         raise UserError(
             f"profile={run.profile} traces steps after the first {traces.SETTLED}, in which a run settles, and there "
@@ -106,6 +101,34 @@ def check_settings(run: Run) -> None:
     for field in dataclasses.fields(run):
         if field.name != "reward":  # the data's fields fill a reward's keywords
             _check_filled(field.name, getattr(run, field.name))
+    _check_optimizer(run, updates(run))
+
+
+def updates(run: Run) -> int:
+    """How many updates the whole run makes: one a step offline, those of all epochs and minibatches online."""
+    return run.steps * getattr(run, "epochs", 1) * getattr(run, "minibatches", 1)
+
+
+def _check_optimizer(run: Run, updates: int) -> None:
+    """Raise UserError for a schedule or an optimizer that does not make what an update needs."""
+    try:
+        schedule = run.schedule(run.learning_rate, updates)
+        rates = [float(schedule(step)) for step in (0, updates // 2, updates - 1)]
+    except TypeError as error:
+        raise UserError(
+            "schedule is a function (peak, steps) -> optax schedule, such as rljax.train.cosine or "
+            f"functools.partial(rljax.train.linear, warmup=10), not {run.schedule!r}: {error}"
+        ) from error
+    if not all(np.isfinite(rate) and rate >= 0 for rate in rates):
+        raise UserError(f"the schedule gives the learning rates {rates} (first, middle, last update): not all are ≥ 0")
+    try:
+        made = run.optimizer(learning_rate=schedule)
+    except TypeError as error:
+        raise UserError(
+            f"optimizer has to take learning_rate=: {error}; a functools.partial may bind the rest"
+        ) from error
+    if not (hasattr(made, "init") and hasattr(made, "update")):
+        raise UserError(f"optimizer must make an optax.GradientTransformation, {run.optimizer!r} made {made!r}")
 
 
 def _check_filled(name: str, function: Any) -> None:

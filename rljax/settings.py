@@ -11,15 +11,18 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rljax import advantages, losses
+from rljax import advantages, losses, ranges
 from rljax.environments import Environment
 from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.program import Run
+from rljax.ranges import Bias, Coefficient, Count, Decay, Mass, Natural, Positive, Score, Share
 from rljax.sampling import GATHER
 
 DPO = functools.partial(losses.dpo_loss, beta=0.1)
 VALUE_CLIP = functools.partial(losses.value_clip_loss, clip=0.2)
+Estimator = Literal["k1", "k2", "k3"]
+Aggregate = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"]
 GRPO = functools.partial(advantages.group_relative, divide_by_std=True)
 
 
@@ -31,46 +34,46 @@ class Sampled(Run):
     # environment, which gives its own rewards
     reward: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None
     environment: Environment | None = None
-    turn_tokens: int | None = None  # of one action in an environment; None: max_completion, the row's budget
-    reward_timeout: float | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
+    turn_tokens: Count | None = None  # of one action in an environment; None: max_completion, the row's budget
+    reward_timeout: Positive | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
 
-    group: int = 1  # completions of each prompt
+    group: Count = 1  # completions of each prompt
     share_prompts: bool = True  # compute a prompt once for its completions; changes speed and rounding only
-    slots: int | None = None  # rows written at a time, finished ones making room for the next; None: all at once
-    gather: float = GATHER  # GiB of a device for weights that sampling gathers once, not at every token
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    min_new_tokens: int = 0
+    slots: Count | None = None  # rows written at a time, finished ones making room for the next; None: all at once
+    gather: Coefficient = GATHER  # GiB of a device for weights that sampling gathers once, not at every token
+    temperature: Coefficient = 1.0
+    top_k: Count | None = None
+    top_p: Mass | None = None
+    min_p: Share | None = None
+    min_new_tokens: Natural = 0
     stop: tuple[str, ...] = ()  # further texts of one token that end a completion, beside the checkpoint's own
 
-    epochs: int = 1  # passes over the rollouts of an iteration
-    minibatches: int = 1  # updates per pass
+    epochs: Count = 1  # passes over the rollouts of an iteration
+    minibatches: Count = 1  # updates per pass
     old_logps: Literal["sampler", "trainer"] = "sampler"  # trainer: computed again before the update, by one more pass
-    importance_cap: float | None = None  # with "trainer": weights min(π_old / π_sampler, cap), 2 say (2505.24034)
+    importance_cap: Positive | None = None  # with "trainer": weights min(π_old / π_sampler, cap), 2 say (2505.24034)
 
-    kl_reward: float = 0.0  # coefficient of the KL penalty in the reward
-    kl_estimator: str = "k1"  # of the KL in the reward
-    kl_loss: float = 0.0  # coefficient of the KL penalty in the loss
-    kl_loss_estimator: str = "k3"
-    kl_target: float | None = None  # nats a sequence: both coefficients follow it (1909.08593); None: fixed
-    kl_horizon: int = 10_000  # episodes
+    kl_reward: Coefficient = 0.0  # coefficient of the KL penalty in the reward
+    kl_estimator: Estimator = "k1"  # of the KL in the reward
+    kl_loss: Coefficient = 0.0  # coefficient of the KL penalty in the loss
+    kl_loss_estimator: Estimator = "k3"
+    kl_target: Positive | None = None  # nats a sequence: both coefficients follow it (1909.08593); None: fixed
+    kl_horizon: Count = 10_000  # episodes
     log_kl: bool = False  # measure the KL to the reference also where no penalty needs it
 
-    missing_eos_score: float | None = None  # takes the place of the score of a completion that did not end
-    missing_eos_penalty: float | None = None  # is subtracted from it
-    overlong_buffer: int | None = None  # tokens before the budget's end over which a penalty rises to 1 (DAPO)
-    score_clip: float | None = None  # scores are limited to ±score_clip
+    missing_eos_score: Score | None = None  # takes the place of the score of a completion that did not end
+    missing_eos_penalty: Coefficient | None = None  # is subtracted from it
+    overlong_buffer: Count | None = None  # tokens before the budget's end over which a penalty rises to 1 (DAPO)
+    score_clip: Positive | None = None  # scores are limited to ±score_clip
     normalize_running: bool = False  # divide scores by the running standard deviation
-    normalize_reference: int = 0  # bring scores of so many samples of the initial policy to mean 0, std 1, once
+    normalize_reference: Natural = 0  # bring scores of so many samples of the initial policy to mean 0, std 1, once
 
     filter_groups: bool = False  # sample until the batch is full of groups with different rewards (DAPO)
-    max_rounds: int = 10  # of sampling for one batch
-    lag: int = 0  # train on rollouts of so many iterations ago: their host rewards had an update's time
-    max_age: int = 0  # with filter_groups: leftover groups may wait so many iterations
+    max_rounds: Count = 10  # of sampling for one batch
+    lag: Natural = 0  # train on rollouts of so many iterations ago: their host rewards had an update's time
+    max_age: Natural = 0  # with filter_groups: leftover groups may wait so many iterations
 
-    evidence: int = 4  # rows whose tokens are kept at every evaluation, for `rljax inspect`
+    evidence: Natural = 4  # rows whose tokens are kept at every evaluation, for `rljax inspect`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,27 +81,27 @@ class PPO(Sampled):
     """Proximal policy optimisation with a critic (1707.06347, as in 1909.08593 and 2403.17031)."""
 
     loss: Callable[..., Any] = losses.ppo_clip_loss
-    aggregate: str = "token_mean"
-    entropy_coef: float = 0.0
+    aggregate: Aggregate = "token_mean"
+    entropy_coef: Coefficient = 0.0
 
     critic: str = "policy"  # where it starts: "policy" (its decoder), a reward model's folder or run, or "shared":
     # no decoder of its own, a value head on the policy's
     value_loss: Callable[..., Any] = VALUE_CLIP
-    value_coef: float = 0.1
-    gamma: float = 1.0
-    lam: float = 0.95
+    value_coef: Coefficient = 0.1
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten_rewards: bool = False  # without shifting the mean
     whiten_advantages: bool = True
     whiten_over: Literal["batch", "minibatch"] = "batch"  # advantages; OpenAI's code does it in each update
-    whiten_ddof: int = 1  # 0: OpenAI's biased variance
-    target_kl: float | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
+    whiten_ddof: Bias = 1  # 0: OpenAI's biased variance
+    target_kl: Positive | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
 
-    kl_reward: float = 0.05
-    epochs: int = 4
-    ema: float | None = None  # decay of an average of the policy's weights, which is what is evaluated and exported
+    kl_reward: Coefficient = 0.05
+    epochs: Count = 4
+    ema: Decay | None = None  # decay of an average of the policy's weights, which is what is evaluated and exported
     pretrain_data: str | None = None  # {"text"} rows: PPO-ptx
-    pretrain_coef: float = 27.8
-    pretrain_batch: int = 8  # rows of max_prompt + max_completion tokens beside the rollouts of an iteration
+    pretrain_coef: Coefficient = 27.8
+    pretrain_batch: Count = 8  # rows of max_prompt + max_completion tokens beside the rollouts of an iteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,14 +112,14 @@ class PolicyGradient(Sampled):
     # (rewards [g n]) -> [g n]; with a parameter `greedy` [g] it gets the scores of greedy completions; with a
     # parameter `mask` it works on tokens, (rewards [b t], mask) -> [b t]
     advantage: Callable[..., Any] = GRPO
-    aggregate: str = "seq_mean_token_mean"
-    entropy_coef: float = 0.0
+    aggregate: Aggregate = "seq_mean_token_mean"
+    entropy_coef: Coefficient = 0.0
     whiten_advantages: bool = False
     whiten_over: Literal["batch", "minibatch"] = "batch"
-    whiten_ddof: int = 1
-    target_kl: float | None = None
-    ema: float | None = None
-    group: int = 8
+    whiten_ddof: Bias = 1
+    target_kl: Positive | None = None
+    ema: Decay | None = None
+    group: Count = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,15 +128,15 @@ class OnlinePreference(Sampled):
 
     loss: Callable[..., Any] = DPO
     average: bool = False
-    group: int = 2
+    group: Count = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Imitation(Sampled):
     """Supervised fine-tuning on the best of each group: best-of-n, expert iteration, RAFT (2304.06767)."""
 
-    threshold: float | None = None  # only completions whose score exceeds it become demonstrations
-    group: int = 8
+    threshold: Score | None = None  # only completions whose score exceeds it become demonstrations
+    group: Count = 8
 
 
 def sampling(run: Sampled, stop_ids: tuple[int, ...]) -> Sampling:
@@ -159,13 +162,13 @@ def stop_ids(run: Sampled, tokenizer: Any) -> tuple[int, ...]:
 
 def check(run: Sampled) -> None:
     """Raise UserError for settings of online runs that cannot work, before anything is loaded."""
-    for least, names in ((1, ("group", "epochs", "minibatches", "max_rounds")), (0, ("lag", "max_age"))):
-        for name in names:
-            if getattr(run, name) < least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(run, name)}")
-    if run.normalize_reference < 0:
-        raise UserError(f"normalize_reference={run.normalize_reference} must be a number of samples, or 0 for none")
     _check_unused(run)
+    if run.environment is not None:
+        ranges.check_one("environment.max_turns", Count, run.environment.max_turns)
+    for reward in run.reward if isinstance(run.reward, tuple | list) else (run.reward,):
+        ranges.check_one("the weight of a reward", Score, getattr(reward, "weight", 1.0))
+    if run.normalize_reference == 1:
+        raise UserError("normalize_reference=1: one sample has no deviation to scale by: take more, or 0 for none")
     if (run.reward is None) == (run.environment is None):
         raise UserError("give a reward, (prompts, completions, **fields) -> numbers, or an environment: one of the two")
     if run.slots is not None and (run.slots < 1 or run.slots % run.group or run.environment is not None):
@@ -187,17 +190,16 @@ def check(run: Sampled) -> None:
         raise UserError("filter_groups looks for different rewards within a group: set group to 2 or more")
     if run.lag and (run.filter_groups or run.max_age):
         raise UserError("lag lets all rollouts wait, filter_groups with max_age the leftover ones: set one of them")
-    if run.old_logps not in ("sampler", "trainer"):
-        raise UserError(f"old_logps must be 'sampler' or 'trainer', got {run.old_logps!r}")
-    over = getattr(run, "whiten_over", "batch")
-    if over not in ("batch", "minibatch"):
-        raise UserError(f"whiten_over must be 'batch' or 'minibatch', got {over!r}")
     if run.importance_cap is not None and run.old_logps != "trainer":
         raise UserError("importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'")
     if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
         raise UserError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
-    if run.kl_target is not None and not run.kl_target > 0:
-        raise UserError(f"kl_target must be above 0 nats a sequence, got {run.kl_target}; None keeps the KL fixed")
+    turn = run.turn_tokens or run.max_completion
+    if run.min_new_tokens >= turn:
+        raise UserError(
+            f"min_new_tokens={run.min_new_tokens} leaves no room for an end: set it below the budget of {turn} tokens "
+            f"({'max_completion' if run.turn_tokens is None else 'turn_tokens'})"
+        )
     if run.overlong_buffer is not None and not 1 <= run.overlong_buffer < run.max_completion:
         raise UserError(
             f"overlong_buffer={run.overlong_buffer} must be 1 token or more and less than max_completion="
@@ -229,10 +231,6 @@ def _check_unused(run: Sampled) -> None:
         raise UserError(f"max_age={run.max_age} is for groups that filter_groups leaves over: set that too")
     if run.turn_tokens is not None and run.environment is None:
         raise UserError(f"turn_tokens={run.turn_tokens} is for the turns of an environment: set max_completion")
-    if run.environment is not None and not isinstance(run.environment, Environment):
-        raise UserError(
-            f"environment is a rljax.environments.Environment(reset, step, max_turns=…), not {run.environment!r}"
-        )
     advantage = getattr(run, "advantage", None)
     if getattr(advantage, "func", advantage) is advantages.group_relative and run.group == 1 and not run.filter_groups:
         raise UserError("group=1: a completion alone in its group has the advantage 0, nothing would be learned")

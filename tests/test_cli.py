@@ -81,7 +81,7 @@ def test_unknown_options_are_errors(option, capsys):
         ({"patience": 3}, "patience needs to know"),
         ({"remat": "all"}, "remat must be"),
         ({"attention": "flash"}, "attention must be"),
-        ({"learning_rate": -1.0}, "must not be negative"),
+        ({"learning_rate": -1.0}, "learning_rate must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

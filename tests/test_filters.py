@@ -137,7 +137,7 @@ def test_settings_are_values():
     cutting = [
         {"temperature": 0.0},
         {"top_k": 3},
-        {"top_p": 0.0},
+        {"top_p": 0.5},
         {"min_p": 0.1},
         {"min_new_tokens": 1, "stop_ids": (1,)},
     ]
