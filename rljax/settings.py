@@ -165,8 +165,6 @@ def check(run: Sampled) -> None:
     _check_unused(run)
     if run.environment is not None:
         ranges.check_one("environment.max_turns", Count, run.environment.max_turns)
-    for reward in run.reward if isinstance(run.reward, tuple | list) else (run.reward,):
-        ranges.check_one("the weight of a reward", Score, getattr(reward, "weight", 1.0))
     if run.normalize_reference == 1:
         raise UserError("normalize_reference=1: one sample has no deviation to scale by: take more, or 0 for none")
     if (run.reward is None) == (run.environment is None):

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import UserError, advantages, losses, offline, online, program, ranges, rewards, settings, train
+from rljax import UserError, advantages, losses, offline, online, program, ranges, settings, train
 from rljax.environments import Environment
 
 COMMON = {"model": "no model", "data": "none.jsonl"}
@@ -87,7 +87,6 @@ def test_whatever_is_outside_of_its_range_is_refused_by_name(data):
         ("PPO", {"min_new_tokens": 256}, "leaves no room for an end: set it below the budget of 256 tokens"),
         ("PPO", {"kl_estimator": "k4"}, "kl_estimator must be 'k1', 'k2', 'k3', got 'k4'"),
         ("PPO", {"normalize_reference": 1}, "one sample has no deviation"),
-        ("PPO", {"reward": (len, rewards.reward(max, weight=math.nan))}, "weight of a reward must be a finite number"),
         (
             "PPO",
             {"reward": None, "environment": Environment(len, len, "3")},  # pyright: ignore
