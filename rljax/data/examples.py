@@ -24,8 +24,11 @@ import numpy as np
 
 from rljax.data import chat, forms
 from rljax.data.forms import Text
+from rljax.data.messages import Messages
 from rljax.data.rows import Row
 from rljax.errors import UserError
+
+Span = tuple[int, int]  # characters start..end
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,17 +86,17 @@ def completion_example(
 
 
 def chat_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
-    """{"messages"}: the assistant's contents and end-of-turn tokens are trained, in every turn (see `chat.spans`).
+    """{"messages"}: the assistant's contents and end-of-turn tokens are trained, in every turn (see `chat.turns`).
 
     The tokens are exactly those of tokenizer.apply_chat_template(messages), cut at `max_length`; where the template
     writes no end-of-turn token and the assistant speaks last, eos is appended and trained.
     """
     _at_least_one(max_length=max_length)
     messages = forms.chat_row(row)["messages"]
-    text, spans = chat.spans(messages, tokenizer)
+    text, turns = chat.turns(messages, tokenizer)
     ids, offsets = _encode(tokenizer, text)
-    mask = _covered(offsets, spans)
-    if messages[-1]["role"] == "assistant" and not chat.special_pattern(tokenizer).search(text, spans[-1][0]):
+    mask = _covered(offsets, [(turn.start, turn.end) for turn in turns])
+    if turns[-1].message == len(messages) - 1 and not turns[-1].closed:
         ids, mask = _close(ids, mask, tokenizer)
     return _example(ids[:max_length], mask[:max_length])
 
@@ -163,29 +166,39 @@ def _join(
     return examples
 
 
-def _answer(start: _Prompt, prompt: Any, completion: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _answer(start: _Prompt, prompt: Messages, completion: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Tokens and mask of messages after a prompt of messages, up to the end of the last answer."""
-    text = start.text
-    whole, spans = chat.spans([*prompt, *completion], tokenizer, first=len(prompt))
+    text, first, dialogue = start.text, len(prompt), prompt.followed_by(completion)
+    if chat.continues(prompt):
+        first, dialogue = len(prompt) - 1, forms.continued(prompt, completion)
+    whole, turns = chat.turns(dialogue, tokenizer, first=first)
     if not whole.startswith(text):
         raise UserError(
             "the chat template's generation prompt is not how it begins an answer, so training would not see what "
             f"generation sees: the prompt ends in {text[-40:]!r}, where the dialogue has {whole[: len(text)][-40:]!r}; "
             "mend tokenizer.chat_template, or give prompts and completions as texts"
         )
-    rest, spans = whole[len(text) :], [(start - len(text), end - len(text)) for start, end in spans if end >= len(text)]
-    spans[0] = (-1, spans[0][1])  # all that generation has to write, an empty <think> block for instance
-    end = chat.special_pattern(tokenizer).search(rest, spans[-1][1])
-    if end and not rest[spans[-1][1] : end.start()].strip() and completion[-1]["role"] == "assistant":
+    rest, spans = whole[len(text) :], [(turn.start - len(text), turn.end - len(text)) for turn in turns]
+    if turns[0].message == first:
+        spans[0] = (-1, spans[0][1])  # all that generation has to write, an empty <think> block for instance
+    closed, last = turns[-1].closed, turns[-1].message == len(dialogue) - 1
+    end = chat.special_pattern(tokenizer).match(rest, spans[-1][1] + len(_blank(rest, spans[-1][1])))
+    if closed and last and end and not _ends_in_special(rest[: spans[-1][1]], tokenizer):
         spans[-1] = (spans[-1][0], end.end())  # {% generation %} marks that leave the end of turn out
     ids, offsets = _continuation(start, rest, tokenizer)
     mask = _covered(offsets, spans)
-    last = max((i for i, trained in enumerate(mask) if trained), default=-1)
-    ids, mask = ids[: last + 1], mask[: last + 1]
-    closed = list(chat.special_pattern(tokenizer).finditer(rest, max(0, spans[-1][0]), spans[-1][1]))
-    if not closed or closed[-1].end() != spans[-1][1]:
-        ids, mask = _close(ids, mask, tokenizer)
-    return ids, mask
+    trained = max((i for i, trained in enumerate(mask) if trained), default=-1)
+    ids, mask = ids[: trained + 1], mask[: trained + 1]
+    return (ids, mask) if closed else _close(ids, mask, tokenizer)
+
+
+def _blank(text: str, start: int) -> str:
+    return text[start : len(text) - len(text[start:].lstrip())]
+
+
+def _ends_in_special(text: str, tokenizer: Any) -> bool:
+    ends = list(chat.special_pattern(tokenizer).finditer(text))
+    return bool(ends) and ends[-1].end() == len(text)
 
 
 def _close(ids: list[int], mask: list[bool], tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -200,7 +213,7 @@ def _prompt(prompt: Text, tokenizer: Any) -> _Prompt:
         plain = _encode(tokenizer, prompt)[0]
         ids = plain if plain[: len(lead)] == list(lead) else [*lead, *plain]
         return _Prompt(prompt, ids, len(lead), plain)
-    text = chat.render(prompt, tokenizer, generation_prompt=True)
+    text = chat.prompt(prompt, tokenizer)
     plain = _encode(tokenizer, text)[0]
     # A template may begin with what is called the bos token without meaning it (SmolLM2's <|im_start|>).
     begins = "bos_token" in tokenizer.get_chat_template() and text.startswith(str(tokenizer.bos_token))
@@ -216,7 +229,7 @@ def _cut(prompt: _Prompt, limit: int | None) -> list[int]:
     return [*ids[:keep], *ids[len(ids) - limit + keep :]]
 
 
-def _continuation(prompt: _Prompt, rest: str, tokenizer: Any) -> tuple[list[int], list[chat.Span]]:
+def _continuation(prompt: _Prompt, rest: str, tokenizer: Any) -> tuple[list[int], list[Span]]:
     """Tokens of `rest` as it stands after the prompt, and their characters in `rest`."""
     # Where the tokenizer merges across the border, another neighbour shows how it tokenises a text that is not a
     # beginning (so that, for instance, no space is put before it).
@@ -229,7 +242,7 @@ def _continuation(prompt: _Prompt, rest: str, tokenizer: Any) -> tuple[list[int]
     return _encode(tokenizer, rest)
 
 
-def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[chat.Span]]:
+def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     """Tokens and the characters each stands for; no special token is added."""
     if not text:
         return [], []
@@ -246,7 +259,7 @@ def _lead(tokenizer: Any, _bos: int | None, _added: bool) -> tuple[int, ...]:
     return tuple(full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)])
 
 
-def _covered(offsets: list[chat.Span], spans: list[chat.Span]) -> list[bool]:
+def _covered(offsets: list[Span], spans: list[Span]) -> list[bool]:
     """Which tokens lie in a span of characters.
 
     Some tokenizers trim spaces from offsets, so that a token of spaces stands for no character, at the place where it

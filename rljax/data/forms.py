@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from rljax.data import messages as said
+from rljax.data.messages import Messages
 from rljax.data.rows import Row, Rows, shown
 from rljax.errors import UserError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # the dialogues of Anthropic's hh-rlhf
-Text = str | list[dict[str, Any]]
-MESSAGE_FIELDS = 'messages look like [{"role": "user", "content": "Hi"}]'
+Text = str | Messages
 
 
 def text_row(row: Row) -> dict[str, Any]:
@@ -196,25 +197,24 @@ def _either(row: Row, field: str, needs: str) -> Text:
     return _messages(row, field, needs)
 
 
-def _messages(row: Row, field: str, needs: str) -> list[dict[str, Any]]:
-    value = row[field]
-    if isinstance(value, str) or not isinstance(value, Sequence) or not len(value):
-        raise UserError(f"field {field!r} must be a list of messages that is not empty, not {shown(value)}; {needs}")
-    for i, message in enumerate(value):
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        calls = isinstance(message, Mapping) and content is None and message.get("tool_calls")
-        if not isinstance(role, str) or not (isinstance(content, str) or calls):
-            raise UserError(f"field {field!r}: message {i} is {shown(message)}; {MESSAGE_FIELDS}, with text as content")
-    return [dict(message) for message in value]
+def _messages(row: Row, field: str, needs: str) -> Messages:
+    return said.checked(row[field], field, needs, said.variables(row))
 
 
 def _same_kind(prompt: Text, completion: Text) -> tuple[Text, Text]:
     """Both texts or both messages: a text beside messages is the user's or the assistant's message."""
     if isinstance(prompt, list) and isinstance(completion, str):
-        return prompt, [{"role": "assistant", "content": completion}]
+        return prompt, Messages([{"role": "assistant", "content": completion}], prompt.variables)
     if isinstance(prompt, str) and isinstance(completion, list):
-        return [{"role": "user", "content": prompt}], completion
+        return Messages([{"role": "user", "content": prompt}], completion.variables), completion
     return prompt, completion
+
+
+def continued(prompt: Messages, completion: Messages) -> Messages:
+    """The dialogue of a prompt that ends in the beginning of an answer, and a completion that goes on with it."""
+    begun, first = prompt[-1], completion[0]
+    answer = {**begun, **first, "content": begun["content"] + (first.get("content") or "")}
+    return Messages([*prompt[:-1], answer, *completion[1:]], prompt.variables)
 
 
 def _answer(field: str, completion: Text) -> Text:
@@ -232,7 +232,9 @@ def _shared_beginning(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
         shared += 1
     if not shared:
         raise UserError("there is no field 'prompt', and 'chosen' and 'rejected' do not begin with the same messages")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
+    parts = (chosen[:shared], chosen[shared:], rejected[shared:])
+    prompt, chosen, rejected = (Messages(part, chosen.variables) for part in parts)
+    return prompt, chosen, rejected
 
 
 def _margin(row: Row) -> float:

@@ -71,14 +71,22 @@ def test_smollm2_trains_contents_and_their_ends_in_every_turn(chatml):
     )
 
 
-@pytest.mark.parametrize(
-    "content", ["a\r\nb", "  padded  ", "é🙂", f"inner {END} end", "assistant\n", "RLJAX2TURN", "x\n"]
-)
+@pytest.mark.parametrize("content", ["a\r\nb", "  padded  ", "é🙂", "assistant\n", "RLJAX2TURN", "RLJAXMARK", "x\n"])
 def test_awkward_contents(chatml, content):
     messages = [{"role": "system", "content": content}, *say(content, content, "more", content)]
     example = chat(messages, chatml)
     assert trained(example, chatml) == [f"{content}{END}"] * 2
     assert same_as_template(example, messages, chatml)
+
+
+def test_end_tokens_inside_contents(chatml):
+    messages = say(f"inner {END} end", "fine")
+    assert trained(chat(messages, chatml), chatml) == [f"fine{END}"]
+    assert same_as_template(chat(messages, chatml), messages, chatml)
+    for row in ({"messages": say("a", f"x{END}y")}, {"prompt": say("a"), "completion": f"x{END}y"}):
+        form = data.chat_example if "messages" in row else data.completion_example
+        with pytest.raises(ValueError, match=re.escape(f"message 1 holds {END!r}, where generation stops")):
+            form(row, chatml)
 
 
 def test_a_dialogue_that_goes_on_after_the_answer(chatml):
@@ -97,7 +105,7 @@ def test_trimmed_offsets_without_end_token(trim):
     template = "{% for m in messages %}{{ m.role }}>{{ m.content }}|{% endfor %}"
     template += "{% if add_generation_prompt %}assistant>{% endif %}"
     tokenizer = with_template(byte_level(trim_offsets=trim), template)
-    assert trained(chat(say("q", "a  ", "q", "b  "), tokenizer), tokenizer) == ["a  ", f"b  {END}"]
+    assert trained(chat(say("q", "a  ", "q", "b  "), tokenizer), tokenizer) == ["a  |", f"b  |{END}"]
 
 
 def test_cut_dialogue(chatml):
@@ -226,8 +234,8 @@ def test_tool_calls(chatml, fresh):
     )
     messages = [*say("a"), call, {"role": "tool", "content": "4"}, {"role": "assistant", "content": "four"}]
     assert trained(chat(messages, tokenizer), tokenizer) == [f"add{END}", f"four{END}"]
-    with pytest.raises(ValueError, match="the chat template refuses messages of the roles user, assistant"):
-        chat(messages, chatml)  # SmolLM2's template adds content to text
+    with pytest.raises(ValueError, match="the chat template does not write the call of 'add' in message 1"):
+        chat(messages, chatml)  # SmolLM2's template has contents only
 
 
 def test_tokenizer_without_template(plain):
