@@ -91,8 +91,8 @@ def _check_answer(dialogue: _Dialogue, i: int, found: list[Turn]) -> None:
     for token in {end.tail[: end.length].strip() if end.closed else "", str(dialogue.tokenizer.eos_token or "")} - {""}:
         if token in (message.get("content") or ""):
             raise UserError(
-                f"the content of message {i} holds {token!r}, where generation stops, so what follows it would never be "
-                "written: split the message there, write it in another way, or set 'train': false"
+                f"the content of message {i} holds {token!r}, where generation stops, so what follows it would "
+                "never be written: split the message there, write it in another way, or set 'train': false"
             )
 
 
@@ -210,11 +210,13 @@ class _Dialogue(NamedTuple):
         return [(int(start), int(end)) for start, end in marks[0]]
 
     def contents(self, ours: list[int]) -> dict[int, tuple[int, int]] | None:
-        """Where the contents of plain answers stand; None where putting them for placeholders does not give the text."""
+        """Where the contents of plain answers stand; None where placeholders for them do not give the text."""
         if not all(said.is_plain(self.messages[i]) for i in ours):
             return None
         marks = {i: f"{_unused(self.messages)}{i}TURN" for i in ours}
-        changed = [{**message, "content": marks[i]} if i in marks else message for i, message in enumerate(self.messages)]
+        changed = [
+            {**message, "content": marks[i]} if i in marks else message for i, message in enumerate(self.messages)
+        ]
         frame = re.split("|".join(map(re.escape, marks.values())), self.render(changed) or "")
         if len(frame) != len(ours) + 1:
             return None
@@ -271,7 +273,7 @@ def _check_variables(template: str, variables: Mapping[str, Any]) -> None:
         if not re.search(rf"\b{re.escape(name)}\b", template):
             field = "field 'tools'" if name == "tools" else f"the template's variable {name!r}"
             raise UserError(
-                f"{field} is in the row, and the chat template never reads it: leave it out, or take a template that does"
+                f"{field} is in the row, and the chat template never reads it: leave it out, or take another template"
             )
 
 
@@ -318,7 +320,7 @@ class _End(NamedTuple):
 
 
 def _end_of(dialogue: _Dialogue, i: int) -> _End:
-    """After answer i: the same after every answer, so looked at once a template, on a small dialogue if it takes one."""
+    """After answer i; looked at once a template, on a small dialogue, where it takes one."""
     template = template_of(dialogue.tokenizer, dialogue.variables.get("tools"))
     return _small_end(dialogue.tokenizer, len(dialogue.tokenizer), template) or _probed_end(
         dialogue._replace(messages=dialogue.messages[:i])
@@ -378,10 +380,10 @@ def _rendered_last(dialogue: _Dialogue, i: int) -> Turn:
     begin = _begin(dialogue, i, alone, prompt, here[0])
     stop, end, closed = _stop(dialogue, i, alone, here[1])
     lead, closing, ending = alone[begin : here[0]], alone[here[1] : stop], alone[stop:end]
-    if prompt is not None and text.startswith(prompt) and len(prompt) <= there[0]:
+    if prompt is not None and text.startswith(prompt):
         start = len(prompt)
     elif text.endswith(lead, 0, there[0]):
-        start = there[0] - len(lead)
+        start = there[0] + begin - here[0]
     else:
         raise UserError(_rewritten(i))
     if not text.startswith(closing, there[1]):
@@ -394,7 +396,9 @@ def _rendered_last(dialogue: _Dialogue, i: int) -> Turn:
 def _begin(dialogue: _Dialogue, i: int, alone: str, prompt: str | None, part: int) -> int:
     """Where answer i begins in a rendering that ends in it; its first part begins at `part`."""
     header = _header(dialogue)
-    if prompt is not None and _common(prompt, alone) > len(prompt) - (len(header) or 1):
+    if prompt is not None and alone.startswith(prompt):
+        return len(prompt)
+    if prompt is not None and _common(prompt, alone) > len(prompt) - len(header):
         return min(part, _common(prompt, alone))  # answers may begin otherwise than the header ends (DeepSeek R1)
     if not header:
         raise UserError(_rewritten(i))
@@ -423,7 +427,7 @@ def _small_header(tokenizer: Any, _size: int, _template: str) -> str:
 
 
 def _stop(dialogue: _Dialogue, i: int, alone: str, part: int) -> tuple[int, int, bool]:
-    """(end of what the answer says, end of the turn, whether that is a special token), its last part ending at `part`."""
+    """(end of what the answer says, end of its turn, whether in a special token); its last part ends at `part`."""
     end, tail = _end_of(dialogue, i), alone[part:]
     if tail.endswith(end.tail):
         stop = len(alone) - len(end.tail)
@@ -437,8 +441,8 @@ def _stop(dialogue: _Dialogue, i: int, alone: str, part: int) -> tuple[int, int,
 def _rewritten(i: int) -> str:
     return (
         f"the chat template rewrites earlier turns when the dialogue goes on, so message {i} is not in it as it was "
-        "generated: put {% generation %} … {% endgeneration %} around the assistant's turns in tokenizer.chat_template, "
-        "set 'train': false in it, or give rows of one answer each ('prompt' and 'completion')"
+        "generated: put {% generation %} … {% endgeneration %} around the answers in tokenizer.chat_template, set "
+        "'train': false in it, or give rows of one answer each ('prompt' and 'completion')"
     )
 
 

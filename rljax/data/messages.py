@@ -184,7 +184,7 @@ def _as_text(arguments: Any) -> Any:
 
 
 def probe(message: Message, mark: str) -> Message:
-    """The message with `mark` in place of all that it says, of the same shape."""
+    """The message with `mark` in place of what it says, of the same shape. Names of calls stay: results repeat them."""
     changed = {name: mark for name in ("content", *THOUGHTS) if str(message.get(name) or "").strip()}
     if not changed and not message.get("tool_calls"):
         changed["content"] = mark
@@ -196,10 +196,10 @@ def probe(message: Message, mark: str) -> Message:
 def _probed(call: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
     if "function" in call:
         return {**call, "function": _probed(call["function"], mark)}
-    arguments: Any = {mark: mark}
-    if isinstance(call.get("arguments"), str):
-        arguments = json.dumps(arguments)
-    return {**call, "name": mark, **({"arguments": arguments} if "arguments" in call else {})}
+    if "arguments" not in call:
+        return {**call, "name": mark}
+    arguments = {mark: mark}
+    return {**call, "arguments": json.dumps(arguments) if isinstance(call["arguments"], str) else arguments}
 
 
 # --- what a rendering shows -------------------------------------------------------------------------------------------
