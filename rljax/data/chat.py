@@ -234,13 +234,13 @@ class _Dialogue(NamedTuple):
 
     def place(self, i: int, messages: list[Message], text: str) -> tuple[int, int] | None:
         """Where `text` changes with what answer i says; None where it does not."""
-        changed = list(messages)
-        changed[i] = said.probe(messages[i], _unused(messages))
-        other = self.render(changed)
-        if other is None or other == text:
-            return None
-        start = _common(text, other)
-        return start, len(text) - min(_common(text[::-1], other[::-1]), min(len(text), len(other)) - start)
+        for names in (False, True):
+            changed = said.probe(messages[i], _unused(messages), names=names)
+            other = self.render([*messages[:i], changed, *messages[i + 1 :]])
+            if other is not None and other != text:
+                start = _common(text, other)
+                return start, len(text) - min(_common(text[::-1], other[::-1]), min(len(text), len(other)) - start)
+        return None
 
 
 def _render(messages: list[Message], tokenizer: Any, variables: Mapping[str, Any], generation_prompt: bool) -> str:

@@ -183,23 +183,27 @@ def _as_text(arguments: Any) -> Any:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def probe(message: Message, mark: str) -> Message:
-    """The message with `mark` in place of what it says, of the same shape. Names of calls stay: results repeat them."""
-    changed = {name: mark for name in ("content", *THOUGHTS) if str(message.get(name) or "").strip()}
+def probe(message: Message, mark: str, *, names: bool = False) -> Message:
+    """The message with `mark` in place of what it says, of the same shape.
+
+    names: also in those of calls, which templates may repeat with the results of the calls.
+    """
+    changed: Message = {name: mark for name in ("content", *THOUGHTS) if str(message.get(name) or "").strip()}
     if not changed and not message.get("tool_calls"):
         changed["content"] = mark
     if "tool_calls" in message:
-        changed["tool_calls"] = [_probed(call, mark) for call in message["tool_calls"]]
+        changed["tool_calls"] = [_probed(call, mark, names) for call in message["tool_calls"]]
     return {**message, **changed}
 
 
-def _probed(call: Mapping[str, Any], mark: str) -> Mapping[str, Any]:
+def _probed(call: Mapping[str, Any], mark: str, names: bool) -> Mapping[str, Any]:
     if "function" in call:
-        return {**call, "function": _probed(call["function"], mark)}
-    if "arguments" not in call:
-        return {**call, "name": mark}
-    arguments = {mark: mark}
-    return {**call, "arguments": json.dumps(arguments) if isinstance(call["arguments"], str) else arguments}
+        return {**call, "function": _probed(call["function"], mark, names)}
+    changed: dict[str, Any] = {"name": mark} if names else {}
+    if "arguments" in call:
+        arguments = {mark: mark}
+        changed["arguments"] = json.dumps(arguments) if isinstance(call["arguments"], str) else arguments
+    return {**call, **changed}
 
 
 # --- what a rendering shows -------------------------------------------------------------------------------------------
