@@ -6,14 +6,10 @@ import os
 import pathlib
 import re
 
+from tests import compiler
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: let the compiler be quick about it. Programs in subprocesses run as users do.
-# Eight devices share the cores of a machine that may be busy: a collective that waits for its last one is not stuck.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600",
-)
+os.environ.setdefault("XLA_FLAGS", compiler.flags(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # in processes that tests start
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from rljax import progress
+from tests import compiler
 from tests.notebook import code_cells
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -72,7 +73,7 @@ def test_it_runs_and_shows_what_it_gives(stories, tmp_path):
         "RLJAX_CACHE": str(tmp_path / "cache"),
         "TMPDIR": str(tmp_path),
         "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiler.QUICK,
     }
     command = [sys.executable, str(ROOT / "tests" / "notebook.py"), str(FILE), json.dumps({"SEEDS": [0]})]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from rljax import cli, data, tracking
+from tests import compiler
 from tests.test_programs import ROOT, WORDS, state_bits
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,7 @@ def start(file: pathlib.Path, kind: str, name: str) -> subprocess.Popen:
     environment = os.environ | {
         "RLJAX_TEST_KIND": kind,
         "RLJAX_TEST_PLAN": name,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiler.QUICK,
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(file.parent / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from rljax import offline, online, traces, tracking
+from tests import compiler
 from tests.distributed import cases
 from tests.test_tracking import open_tracker
 
@@ -39,7 +40,7 @@ def starts(stories, tmp_path_factory):
     shared = {**os.environ, "RLJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     shared["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     shared["JAX_DEBUG_LOG_MODULES"] = "jax._src.compiler"
-    shared["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # one device
+    shared["XLA_FLAGS"] = compiler.QUICK  # one device
     said = {}
     for name in ("first", "second"):
         command = [sys.executable, "-m", "rljax", "run", str(file), "--name", name]

@@ -11,12 +11,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from tests import compiler
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
-# As in conftest.py: quick to compile, and patient where devices share the cores of a busy machine.
-FLAGS = (
-    "--xla_force_host_platform_device_count={} --xla_backend_optimization_level=0"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
-)
 
 
 def start(
@@ -27,7 +24,7 @@ def start(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "XLA_FLAGS": FLAGS.format(devices), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    shared = {**os.environ, "XLA_FLAGS": compiler.flags(devices), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     shared |= {"RLJAX_COORDINATOR": f"localhost:{port}", "RLJAX_PROCESSES": str(processes), **variables}
     running = []
     for number in range(processes):

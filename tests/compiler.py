@@ -1,0 +1,14 @@
+"""How tests compile: they compile more than they compute."""
+
+import importlib.metadata
+
+QUICK = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later compilers have no choice of emitters
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older ones take half the time
+# Devices share the cores of a machine that may be busy: a collective that waits for its last one is not stuck.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+
+
+def flags(devices: int = 1) -> str:
+    """XLA_FLAGS of a process with so many fake devices."""
+    return f"--xla_force_host_platform_device_count={devices} {QUICK} {PATIENT}"
