@@ -341,12 +341,9 @@ def test_lowered_for_a_gpu_the_call_is_cudnns(monkeypatch, sizes):
 
     with contextlib.nullcontext() if sizes is None else jax.set_mesh(sharding.make_mesh(**sizes)):
         text = jax.jit(jax.value_and_grad(loss)).trace(params).lower(lowering_platforms=("cuda",)).as_text()
-    assert sorted(re.findall(r"custom_call @(__cudnn\S+?)\(", text)) == [
-        "__cudnn$fmhaScaleBiasSoftmax",
-        "__cudnn$fmhaScaleBiasSoftmax",
-        "__cudnn$fmhaScaleBiasSoftmaxBackward",
-        "__cudnn$fmhaScaleBiasSoftmaxBackward",
-    ]
+    calls = re.findall(r"custom_call @__cudnn\$fmhaScaleBiasSoftmax(Backward)?\(", text)
+    assert calls.count("") == calls.count("Backward")
+    assert len(calls) in (4, 8)  # a branch for each window, in one function of both layers or (jax 0.12) in each layer
     assert not re.search(r"tensor<[\dx]*512x512xf32>", text)
 
 
