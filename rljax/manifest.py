@@ -13,14 +13,28 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 import rljax
 from rljax.errors import UserError
+from rljax.identity import masking
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
+
+
+class Change(NamedTuple):
+    """A setting, or what stands behind it, that is not what it was when the run was begun."""
+
+    name: str  # dotted: loss.beta, data.sha256
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        meaning = {"code": " (what it computes)", "uses": " (a global that it reads)"}
+        parts = self.name.split(".")
+        return f"{self.name} was {self.old} and is {self.new}{next((meaning[p] for p in parts if p in meaning), '')}"
 
 
 def write_manifest(
@@ -29,26 +43,70 @@ def write_manifest(
     experiment: Mapping[str, Any],
     seed: int | None,
     may_change: Collection[str] = (),
-) -> None:
+    accept: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    at: int | None = None,
+) -> list[str]:
     """Write experiment.json, and append this start to the sessions of manifest.json. Process 0 only.
 
-    Errors: UserError where the directory holds a run of another experiment; fields named in `may_change` (the
-    top-level ones that do not change results, such as where to log) are not compared.
+    may_change: fields that are not compared, the top-level ones that do not change results, such as where to log.
+    accept: fields (or "all") whose change is meant; the session lists what it accepted. defaults: values of fields that
+    an earlier version did not know. at: the step that this start goes on from. Returns what is worth a line: what was
+    accepted, and which versions or devices are others than at the start before. Errors: UserError where the directory
+    holds a run of another experiment.
     """
     if jax.process_index() != 0:
-        return
+        return []
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     now = json.loads(to_json(dict(experiment)))
-    changed = differences(read_json(folder / "experiment.json"), now, may_change)
-    if changed:
+    before = read_json(folder / "experiment.json")
+    if before is not None:
+        before = {**json.loads(to_json({k: v for k, v in (defaults or {}).items() if k in now})), **before}
+    changed = differences(before, now, may_change)
+    refused = [change for change in changed if not {"all", change.name, change.name.split(".")[0]} & set(accept)]
+    if refused:
+        state = "" if at is None else f", at step {at}"
+        names = ",".join(dict.fromkeys(change.name.split(".")[0] for change in refused))
         raise UserError(
-            f"{folder} holds a run of another experiment ({'; '.join(changed[:5])}). Give this run another name, or "
-            f"undo the change; delete the directory to start over."
+            f"{folder} holds a run of another experiment{state} ({'; '.join(map(str, refused[:5]))}"
+            f"{f'; and {len(refused) - 5} more' if len(refused) > 5 else ''}). Give this run another name, or undo the "
+            f"change; delete the directory to start over. To go on with the change: --accept-changes {names}"
         )
     write_json(folder / "experiment.json", now)
     sessions = (read_json(folder / "manifest.json") or {}).get("sessions", [])
-    write_json(folder / "manifest.json", {"seed": seed, "sessions": [*sessions, environment()]})
+    session = {**environment(), **({} if at is None else {"step": at})}
+    if changed:
+        session["accepted"] = list(map(str, changed))
+    notes = [f"accepted: {change}" for change in changed]
+    if at is not None and sessions and (other := moved(sessions[-1], session)):
+        notes.append(f"{other}: from here on, results may differ in their last bits")
+    write_json(folder / "manifest.json", {"seed": seed, "sessions": [*sessions, session]})
+    return notes
+
+
+def record_contents(folder: str | os.PathLike[str], name: str, content: Mapping[str, Any]) -> None:
+    """Add to experiment.json what a source turned out to hold that this run made itself. Process 0 only."""
+    path = pathlib.Path(folder) / "experiment.json"
+    if jax.process_index() == 0 and (experiment := read_json(path)) is not None:
+        write_json(path, {**experiment, "contents": {**experiment.get("contents", {}), name: content}})
+
+
+def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """ "jax 0.10.1 → 0.12.0, devices 1 × cpu → 8 × TPU v5e": where two sessions differ; "" where they do not."""
+    old, new = _surroundings(before), _surroundings(now)
+    names = [name for name in new if name in old and old[name] != new[name]]
+    return ", ".join(f"{name} {old[name]} → {new[name]}" for name in names)
+
+
+def _surroundings(session: Mapping[str, Any]) -> dict[str, str]:
+    """What the last bits of a result depend on, beside the experiment."""
+    versions = {name: str(session.get("versions", {}).get(name)) for name in ("jax", "jaxlib", "rljax")}
+    commit = (session.get("rljax_git") or {}).get("commit")
+    if commit is not None:
+        versions["rljax"] += f" ({commit[:9]}{' with changes' if session['rljax_git'].get('dirty') else ''})"
+    devices = ", ".join(f"{count} × {kind}" for kind, count in session.get("devices", {}).items())
+    return {**versions, "backend": str(session.get("backend")), "devices": devices}
 
 
 def environment() -> dict[str, Any]:
@@ -56,7 +114,7 @@ def environment() -> dict[str, Any]:
     devices = jax.devices()
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(masking.masked_command(sys.argv)),
         "directory": os.getcwd(),
         "git": _git(pathlib.Path.cwd()),
         "rljax_git": _git(pathlib.Path(rljax.__file__).parent),
@@ -72,13 +130,27 @@ def environment() -> dict[str, Any]:
 
 def differences(
     there: Mapping[str, Any] | None, here: Mapping[str, Any], may_change: Collection[str] = ()
-) -> list[str]:
-    """["loss.beta was 0.1 and is 0.2", …]; [] where nothing was written before."""
+) -> list[Change]:
+    """[Change("loss.beta", "0.1", "0.2"), …]; [] where nothing was written before.
+
+    Where both say what a path or a name stood for (`contents`), that is compared and not the path; where only one of
+    them does, the path is.
+    """
     if there is None:
         return []
-    old, new = flat(there), flat(here)
+    known = set(there.get("contents", {})) & set(here.get("contents", {}))
+    old, new = _compared(there, known), _compared(here, known)
     names = [name for name in dict.fromkeys((*old, *new)) if name.split(".")[0] not in may_change]
-    return [f"{n} was {old.get(n, 'absent')} and is {new.get(n, 'absent')}" for n in names if old.get(n) != new.get(n)]
+    pairs = [(name, old.get(name, "absent"), new.get(name, "absent")) for name in names]
+    return [Change(*pair) for pair in pairs if pair[1] != pair[2]]
+
+
+def _compared(experiment: Mapping[str, Any], known: Collection[str]) -> dict[str, str]:
+    """Settings by their dotted names, and contents by those of the settings that they stand behind."""
+    settings = {name: value for name, value in experiment.items() if name != "contents"}
+    settings = {name: value for name, value in settings.items() if not (name in known and isinstance(value, str))}
+    contents = {name: value for name, value in experiment.get("contents", {}).items() if name in known}
+    return {**flat(settings), **flat(contents)}
 
 
 def flat(value: Any, name: str = "") -> dict[str, str]:

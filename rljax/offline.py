@@ -18,9 +18,24 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, hosts, losses, models, policy, program, reference, report, selfchecks, tasks, tracking, train
+from rljax import (
+    data,
+    hosts,
+    losses,
+    models,
+    policy,
+    program,
+    reference,
+    report,
+    resuming,
+    selfchecks,
+    tasks,
+    tracking,
+    train,
+)
 from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
+from rljax.identity import base_kind
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
 from rljax.ranges import Coefficient, Natural
@@ -67,11 +82,6 @@ class Unpaired(Run):
     loss: Callable[..., Any] = KTO
 
 
-HARMLESS = ("keep", "samples", "sample_tokens", "checks", "wandb", "out", "name", "save_every")  # change no result
-HARMLESS += ("profile", "mesh", "microbatches", "attention", "remat", "unroll")  # nor do these, but for rounding
-HARMLESS += ("offload_reference",)
-
-
 class Setup(NamedTuple):
     """Everything that a run is made of, before its first step."""
 
@@ -92,12 +102,12 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     0, or 128 + the number of the signal (Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) that ended the run: saved, to be resumed by
     the same command.
     """
+    _check_kind(experiment)
     program.check_settings(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
-        tracking.write_manifest(
-            folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
-        )
+        if not resuming.begin(experiment, folder):
+            return 0
         with (
             Checkpoints(
                 folder / "checkpoints",
@@ -119,6 +129,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
 
 def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     """Only what a run does before its first step: set everything up, check it, say what was found."""
+    _check_kind(experiment)
     program.check_settings(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with (
@@ -164,12 +175,20 @@ def keeps_initial(run: Run) -> bool:
     return fresh or run.evaluate is not None or (isinstance(run, RewardModel) and run.normalize > 0)
 
 
+def _check_kind(experiment: Run) -> None:
+    if not isinstance(experiment, SFT | RewardModel | Preference | Unpaired):
+        raise UserError(
+            "rljax.offline runs SFT, RewardModel, Preference and Unpaired, and what is derived from them, not "
+            f"{type(experiment).__name__}"
+        )
+
+
 def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
     return tracking.Tracker(
         folder,
         total_steps=experiment.steps,
         resumed=resumed,
-        shown=HEADLINES[type(experiment)],
+        shown=HEADLINES[base_kind(type(experiment))],
         profile=experiment.profile,
         wandb="rljax" if experiment.wandb else None,
         config=program.describe(experiment),
@@ -196,7 +215,7 @@ def _task(experiment: Run, start: policy.Policy, rows: tasks.Rows, mesh: Any, tr
             return tasks.reward(experiment, start, rows, jax.random.key(experiment.seed))
         case SFT():
             return tasks.supervised(experiment, start, rows)
-    raise UserError(f"rljax.offline runs SFT, RewardModel, Preference and Unpaired, not {type(experiment).__name__}")
+    raise TypeError(type(experiment))
 
 
 def _begin(
@@ -210,7 +229,7 @@ def _begin(
         )
         state, progress = checkpoints.restore(latest, like)
         tracker.status(f"resumed at step {latest}")
-        return state, Progress(**progress)
+        return state, program.resumed(experiment, latest, progress)
     state = _normalized(experiment, setup, setup.state, tracker)
     written = _write(experiment, setup, state, tracker)
     if experiment.checks and not selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status):

@@ -32,6 +32,7 @@ from rljax import (
     objectives,
     program,
     report,
+    resuming,
     sampling,
     selfchecks,
     settings,
@@ -49,9 +50,6 @@ from rljax.types import Mean, Metrics
 
 __all__ = ["PPO", "Evaluation", "Imitation", "OnlinePreference", "PolicyGradient", "Sampled", "run", "selfcheck"]
 
-HARMLESS = ("keep", "samples", "checks", "profile", "wandb", "out", "name", "save_every", "evidence")
-HARMLESS += ("reward_timeout", "max_rounds")
-HARMLESS += ("mesh", "microbatches", "attention", "remat", "unroll", "gather", "offload_reference")  # but for rounding
 HEADLINE = "objective/scores"
 
 
@@ -72,9 +70,8 @@ def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     ranked: dict[str, Any] = {"best_metric": experiment.best, "best_mode": experiment.best_mode}
     with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
-        tracking.write_manifest(
-            folder, experiment=program.describe(experiment), seed=experiment.seed, may_change=HARMLESS
-        )
+        if not resuming.begin(experiment, folder):
+            return 0
         with (
             Checkpoints(folder / "checkpoints", keep=experiment.keep, **ranked) as checkpoints,
             _tracker(experiment, folder, checkpoints.latest()) as tracker,
@@ -126,7 +123,7 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         )
         state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
         tracker.status(f"resumed at step {latest}")
-        queue, progress = hosts.whole(state.get("queue")), Progress(**progress)
+        queue, progress = hosts.whole(state.get("queue")), program.resumed(run, latest, progress)
         if progress.owed:
             tracker.take_back(latest)
         return State(state["learner"], queue), progress

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from rljax import data, hosts, models, policy, ranges, sharding, traces, tracking, train
 from rljax.errors import UserError
-from rljax.manifest import read_json, write_json
+from rljax.identity import contents, describe
+from rljax.manifest import read_json, record_contents, write_json
 from rljax.ranges import Count, Natural, Positive, Rate, Seed
 from rljax.types import Mean, TrainState
 
@@ -61,6 +62,7 @@ class Run:
     eval_every: Count = 50
     save_every: Count = 50
     keep: Count = 2
+    accept_changes: str = ""  # fields a,b,c (or all) that a resumed run may find changed: see docs/resuming.md
     best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
     best_mode: Literal["min", "max"] = "max"
     patience: Count | None = None  # stop after this many evaluations without a better `best`
@@ -83,6 +85,7 @@ class Evaluation(NamedTuple):
 
 def check_settings(run: Run) -> None:
     """Raise UserError for settings that cannot work, before anything is loaded."""
+    _check_class(run)
     if hasattr(run.optimizer, "init"):
         raise UserError(
             "optimizer is a function of the learning rate, such as optax.adamw or "
@@ -129,6 +132,19 @@ def _check_optimizer(run: Run, updates: int) -> None:
         ) from error
     if not (hasattr(made, "init") and hasattr(made, "update")):
         raise UserError(f"optimizer must make an optax.GradientTransformation, {run.optimizer!r} made {made!r}")
+
+
+def _check_class(run: Run) -> None:
+    """Raise UserError for a class of the user's whose fields nothing would see."""
+    cls, fields = type(run), {field.name for field in dataclasses.fields(run)}
+    own = [name for name in dict.fromkeys((*inspect.get_annotations(cls), *vars(cls))) if not name.startswith("_")]
+    lost = [name for name in own if name in fields or name in inspect.get_annotations(cls)]
+    if lost and "__dataclass_params__" not in vars(cls):
+        raise UserError(
+            f"{cls.__name__} sets {', '.join(lost)} and is no dataclass, so that the values of "
+            f"{cls.__bases__[0].__name__} would be used: write "
+            "@dataclasses.dataclass(frozen=True, kw_only=True) above it"
+        )
 
 
 def _check_filled(name: str, function: Any) -> None:
@@ -230,6 +246,7 @@ def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tra
                 hosts.together(lambda: data.write_jsonl(kept, made) if jax.process_index() == 0 else None)
                 if jax.process_index() == 0:
                     write_json(note, recipe)
+                    record_contents(folder, "data", contents.rows(str(kept)))
         rows = data.read(kept)
     else:
         rows = data.read(run.data, split=run.split)
@@ -250,6 +267,13 @@ class Progress(NamedTuple):
     done: bool = False
     draws: int = 0  # batches of prompts drawn so far (online)
     owed: bool = False  # the evaluation of this step is still to come (online): it was cut short
+
+
+def resumed(run: Run, step: int, kept: Mapping[str, Any]) -> Progress:
+    """The progress that a checkpoint of this step remembers. A run of more steps than it had goes on."""
+    progress = Progress(**kept)
+    impatient = run.patience is not None and progress.waited >= run.patience
+    return progress._replace(done=progress.done and (step >= run.steps or impatient))
 
 
 def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tuple[Progress, dict[str, float] | None]:
@@ -274,25 +298,6 @@ def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Trac
         found = hosts.together(lambda: evaluate(now, sharding.in_device_memory(reference), jax.random.key(run.seed)))
     tracker.log(step, found.metrics, prefix="eval/")
     tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
-
-
-def describe(value: Any) -> Any:
-    """An experiment as JSON: functions by module and name with their keyword arguments."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__name__, **fields}
-    if isinstance(value, functools.partial):
-        inner = describe(value.func)
-        return {**inner, **{k: describe(v) for k, v in value.keywords.items()}}
-    if callable(value):
-        return {"function": f"{value.__module__}.{getattr(value, '__qualname__', type(value).__qualname__)}"}
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, Mapping):
-        return {str(k): describe(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [describe(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def run_folder(run: Run, file: str | pathlib.Path | None) -> pathlib.Path:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from rljax import plots
 from rljax.errors import UserError
-from rljax.manifest import read_json
+from rljax.manifest import moved, read_json
 from rljax.metrics import define
 from rljax.progress import duration, number, quantity
 from rljax.tracking import read_rows
@@ -97,6 +97,9 @@ def _summary(metrics: Rows, timing: Rows, experiment: Mapping[str, Any] | None) 
     if speeds:
         facts.append(f"{quantity(statistics.median(speeds))} tokens/s (medians)")
     lines = [", ".join(facts) + "."]
+    for name, content in ((experiment or {}).get("contents") or {}).items():
+        if isinstance(content, Mapping) and content.get("origin"):
+            lines.append(f"**{escape(name)}**: {escape(content['origin'])} (weights {escape(content.get('weights'))}).")
     for name in sorted({name for row in metrics for name in row}):
         steps = [row["step"] for row in metrics if name in row and row[name] is None]
         if steps:
@@ -158,6 +161,7 @@ def _samples(rows: Rows, limit: int = 8) -> str:
     if any("phase" in row for row in rows):
         before = [row for row in rows if row.get("phase") == "before"]
         after = [row for row in rows if row.get("phase") == "after"]
+        after = [row for row in after if row["step"] == after[-1]["step"]]  # it may have ended before, and gone on
     else:
         first, last = rows[0]["step"], rows[-1]["step"]
         before, after = [[row for row in rows if row["step"] == step] for step in (first, last)]
@@ -209,6 +213,13 @@ def _environment(manifest: Mapping[str, Any] | None) -> str:
     if not sessions:
         return ""
     last = sessions[-1]
+    steps = [session.get("step") for session in sessions]
+    moves = [
+        f"step {step}: {other}"
+        for step, before, now in zip(steps[1:], sessions, sessions[1:], strict=False)
+        if step is not None and (other := moved(before, now))
+    ]
+    accepted = [f"step {session.get('step')}: {text}" for session in sessions for text in session.get("accepted", [])]
     facts = {
         "seed": (manifest or {}).get("seed"),
         "started": ", ".join(str(session.get("started")) for session in sessions),
@@ -218,6 +229,8 @@ def _environment(manifest: Mapping[str, Any] | None) -> str:
         "processes": last.get("processes"),
         "platform": last.get("platform"),
         "versions": ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items()),
+        "resumed on another system": "; ".join(moves) or None,
+        "settings that changed on the way": "; ".join(accepted) or None,
     }
     return "## Environment\n\n" + table(
         ["", ""], [[name, escape(value)] for name, value in facts.items() if value is not None]

@@ -18,7 +18,7 @@ from rljax.tracking import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
-SAME = ("seed", "name", "out", "keep", "checks", "wandb", "profile")  # runs that differ in these alone are one group
+SAME = ("seed", "name", "out", "keep", "checks", "wandb", "profile", "accept_changes")  # runs that differ in these alone are one group
 SEED = r"[-_. ]*(seed|s)?[-_. =]*\d+$"  # how a name may end that says a seed
 INTERVALS = {
     "confidence": "95% confidence interval of the mean over runs (Student's t)",
@@ -101,7 +101,7 @@ def _read(path: pathlib.Path, name: str) -> Run:
     found["code"] = f"{git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
     return Run(
         name=name,
-        settings=flat(experiment) if experiment else {},
+        settings=_settings(experiment, manifest),
         surroundings={key: value for key, value in found.items() if value},
         seed=manifest.get("seed"),
         steps=experiment.get("steps"),
@@ -111,14 +111,28 @@ def _read(path: pathlib.Path, name: str) -> Run:
     )
 
 
+def _settings(experiment: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What a run is, flat: where it is known what a path or a name stood for, that, and not the path. (Data that a
+    function made may depend on the seed, which makes no other group; the function is there.)
+    """
+    made = {name for name in ("data",) if not isinstance(experiment.get(name), str)}
+    contents = {name: what for name, what in experiment.get("contents", {}).items() if name not in made}
+    plain = {name: value for name, value in experiment.items() if name != "contents" and name not in contents}
+    changes = [text for session in manifest.get("sessions") or [] for text in session.get("accepted", [])]
+    return {**flat({**plain, **contents}), **({"accepted changes": "; ".join(changes)} if changes else {})}
+
+
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
 def group(runs: Sequence[Run], *, ignore: Collection[str] = ()) -> list[Group]:
-    """Runs whose settings are the same but for `SAME` and the fields in `ignore`, in the order of their first ones."""
+    """Runs whose settings, models and data are the same but for `SAME` and the fields in `ignore`, in the order of
+    their first ones. One that went on with changes is none that had them from the beginning.
+    """
     found: dict[tuple[tuple[str, str], ...], list[Run]] = {}
     for run in runs:
-        key = {name: value for name, value in run.settings.items() if name.split(".")[0] not in (*SAME, *ignore)}
+        left_out = {*SAME, *ignore}
+        key = {name: value for name, value in run.settings.items() if name.split(".")[0] not in left_out}
         found.setdefault(tuple(sorted(key.items())), []).append(run)
     labels = _labels(list(map(dict, found)), list(found.values()))
     return [Group(label, tuple(members)) for label, members in zip(labels, found.values(), strict=True)]

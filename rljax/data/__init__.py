@@ -47,7 +47,7 @@ from rljax.data.forms import (
 )
 from rljax.data.order import Batches, eval_batches, indices, prefetch
 from rljax.data.rows import Row, Rows, check, concatenate, fingerprint, split, write_jsonl
-from rljax.data.sources import read
+from rljax.data.sources import files, read
 
 __all__ = [
     "Batches",
@@ -69,6 +69,7 @@ __all__ = [
     "completion_row",
     "concatenate",
     "eval_batches",
+    "files",
     "fingerprint",
     "hh_row",
     "indices",

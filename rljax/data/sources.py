@@ -57,6 +57,17 @@ def read(source: str | os.PathLike[str] | Sequence[Mapping[str, Any]], *, split:
     return _file(path)
 
 
+def files(source: str | os.PathLike[str], split: str = "train") -> list[pathlib.Path] | None:
+    """The files that `read` reads; None of a source that is no file and no folder of files."""
+    text = os.fspath(source)
+    path = pathlib.Path(text).expanduser()
+    if text.startswith(("tfds:", "hf:")) or (path / "dataset_info.json").is_file():
+        return None
+    if path.is_dir():
+        return _chosen(path, split)
+    return [path] if path.is_file() else None
+
+
 def _file(path: pathlib.Path) -> Rows:
     reader = _reader(path)
     if not path.is_file():
@@ -93,6 +104,11 @@ def _missing(path: pathlib.Path) -> str:
 
 
 def _folder(path: pathlib.Path, split: str) -> Rows:
+    return concatenate([_file(file) for file in _chosen(path, split)])
+
+
+def _chosen(path: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The files of a folder that make a split."""
     files = sorted(file for file in path.iterdir() if file.is_file() and _reader(file))
     if not files:
         raise UserError(f"{path}: no .jsonl, .jsonl.gz, .json or .parquet file in this folder")
@@ -104,7 +120,7 @@ def _folder(path: pathlib.Path, split: str) -> Rows:
         raise UserError(
             f"{path}: no file of the split {split!r}; there are {', '.join(file.name for file in files[:8])}"
         )
-    return concatenate([_file(file) for file in chosen])
+    return chosen
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

