@@ -161,6 +161,7 @@ def _same_so_far(run: Run, old: int, latest: int) -> bool:
     """Whether a run of `old` steps has done until step `latest` what this one would have done."""
     if latest > run.steps or (latest >= old and getattr(run, "normalize", 0)):
         return False  # trained further already; or a reward that was normalised at the end
+
     def rates(steps: int) -> np.ndarray:
         return _rates(run, updates(dataclasses.replace(run, steps=steps)), done)
 

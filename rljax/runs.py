@@ -18,7 +18,16 @@ from rljax.tracking import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
-SAME = ("seed", "name", "out", "keep", "checks", "wandb", "profile", "accept_changes")  # runs that differ in these alone are one group
+SAME = (
+    "seed",
+    "name",
+    "out",
+    "keep",
+    "checks",
+    "wandb",
+    "profile",
+    "accept_changes",
+)  # runs that differ in these alone are one group
 SEED = r"[-_. ]*(seed|s)?[-_. =]*\d+$"  # how a name may end that says a seed
 INTERVALS = {
     "confidence": "95% confidence interval of the mean over runs (Student's t)",

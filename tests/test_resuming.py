@@ -7,10 +7,9 @@ import pathlib
 import re
 import shutil
 
-import numpy as np
 import pytest
 
-from rljax import data, losses, offline, online, program, resuming, runs, sharding, tracking, train
+from rljax import data, losses, offline, online, program, resuming, runs, sharding, train
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs" / "resuming.md"
 
@@ -77,7 +76,9 @@ def edited(path, change):
         lambda lines: [*lines, lines[0]],
         lambda lines: lines[:-1],
         lambda lines: [lines[0].replace("cat", "dog"), *lines[1:]],
-        lambda lines: [line.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected") for line in lines],
+        lambda lines: [
+            line.replace("chosen", "x").replace("rejected", "chosen").replace("x", "rejected") for line in lines
+        ],
         lambda lines: lines[::-1],
     ],
     ids=["appended", "shortened", "edited", "swapped", "reordered"],
@@ -113,7 +114,9 @@ def test_the_same_data_elsewhere_or_written_otherwise_are_the_same(stories, tmp_
 )
 def test_another_model_in_the_folder_is_refused(stories, tmp_path, file, part):
     model = tmp_path / "model"
-    shutil.copytree(stories, model, copy_function=lambda a, b: pathlib.Path(b).write_bytes(pathlib.Path(a).read_bytes()))
+    shutil.copytree(
+        stories, model, copy_function=lambda a, b: pathlib.Path(b).write_bytes(pathlib.Path(a).read_bytes())
+    )
     model.chmod(0o755)
     run = preference(model, tmp_path)
     begun(run, tmp_path)
