@@ -246,6 +246,10 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     """Tokens and the characters each stands for; no special token is added."""
     if not text:
         return [], []
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is None and backend.padding is None and not tokenizer.split_special_tokens:
+        found = backend.encode(text, add_special_tokens=False)  # as below, in half the time
+        return found.ids, found.offsets
     out = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
