@@ -8,7 +8,7 @@ Rules, the same for all of them:
   - The beginning-of-sequence token stands at the start, once, if the tokenizer adds one (`tokenizer.add_bos_token =
     True` makes it); never inside a response. With a chat template it is the template's business.
   - A completion that is not cut ends in one end token, trained: eos, or the chat template's end of turn. Nothing comes
-    after it.
+    after it; one that holds an end token before its end is refused.
   - Prompts that are too long keep their end (and their beginning-of-sequence token); completions keep their beginning.
   - The first token of an example is never trained: nothing predicts it.
 """
@@ -38,6 +38,10 @@ class Example:
     ids: np.ndarray  # i32[n]
     mask: np.ndarray  # bool[n]; the trained tokens
     prompt: int = 0  # how many of the tokens are the prompt's
+    lost: tuple[int, int] = dataclasses.field(
+        default=(0, 0), metadata={"content": False}
+    )  # what the limits took: tokens
+    # of the prompt's beginning, and of the end
 
 
 class Unpaired(NamedTuple):
@@ -54,12 +58,14 @@ class Comparison(NamedTuple):
 def text_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> Example:
     """{"text"}: all tokens but the first are trained, and eos after the last (unless the text is cut)."""
     _at_least_one(max_length=max_length)
-    ids = _prompt(forms.text_row(row)["text"], tokenizer).ids
-    eos = _eos(tokenizer)
+    text, eos = forms.text_row(row)["text"], _eos(tokenizer)
+    ids = _begun(text, tokenizer).ids
     while len(ids) > 1 and ids[-2:] == [eos, eos]:
         ids.pop()
     ids = ids if ids[-1:] == [eos] else [*ids, eos]
-    return _example(ids[:max_length], [True] * len(ids[:max_length]))
+    if not text or len(ids) < 2:
+        raise UserError("field 'text' is empty: nothing in it can be trained")
+    return _example(ids[:max_length], [True] * len(ids[:max_length]), lost=(0, len(ids) - len(ids[:max_length])))
 
 
 def prompt_ids(prompt: Text, tokenizer: Any, *, max_prompt: int | None = None) -> np.ndarray:
@@ -70,8 +76,10 @@ def prompt_ids(prompt: Text, tokenizer: Any, *, max_prompt: int | None = None) -
 
 def prompt_example(row: Row, tokenizer: Any, *, max_prompt: int | None = None) -> Example:
     """{"prompt"}: nothing is trained."""
-    ids = prompt_ids(forms.prompt_row(row)["prompt"], tokenizer, max_prompt=max_prompt)
-    return Example(ids, np.zeros(len(ids), bool), len(ids))
+    _at_least_one(max_prompt=max_prompt)
+    prompt = _prompt(forms.prompt_row(row)["prompt"], tokenizer)
+    ids = np.asarray(_cut(prompt, max_prompt), np.int32)
+    return Example(ids, np.zeros(len(ids), bool), len(ids), (len(prompt.ids) - len(ids), 0))
 
 
 def completion_example(
@@ -98,7 +106,7 @@ def chat_example(row: Row, tokenizer: Any, *, max_length: int | None = None) -> 
     mask = _covered(offsets, [(turn.start, turn.end) for turn in turns])
     if turns[-1].message == len(messages) - 1 and not turns[-1].closed:
         ids, mask = _close(ids, mask, tokenizer)
-    return _example(ids[:max_length], mask[:max_length])
+    return _example(ids[:max_length], mask[:max_length], lost=(0, len(ids) - len(ids[:max_length])))
 
 
 def preference_example(
@@ -153,17 +161,27 @@ def _join(
     head, examples = _cut(start, max_prompt), []
     for completion in completions:
         if isinstance(completion, str):
-            ids, eos = _continuation(start, completion, tokenizer)[0], _eos(tokenizer)
-            tail = [
-                *(ids[: ids.index(eos)] if eos in ids else ids),
-                eos,
-            ]  # nothing after an end token is ever generated
+            tail = _ended(_continuation(start, completion, tokenizer)[0], tokenizer)
             mask = [True] * len(tail)
         else:
             tail, mask = _answer(start, prompt, completion, tokenizer)
+        lost = (len(start.ids) - len(head), len(tail) - len(tail[:max_completion]))
         tail, mask = tail[:max_completion], mask[:max_completion]
-        examples.append(_example([*head, *tail], [False] * len(head) + mask, len(head)))
+        examples.append(_example([*head, *tail], [False] * len(head) + mask, len(head), lost))
     return examples
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """The tokens of a text with one end token after them, where generation stops: UserError for one before it."""
+    eos = _eos(tokenizer)
+    while ids[-1:] == [eos]:
+        ids = ids[:-1]
+    if eos in ids:
+        raise UserError(
+            f"the completion holds {tokenizer.eos_token!r}, the token where generation stops, so what follows it would "
+            "never be written: end the completion there, or write that text in another way"
+        )
+    return [*ids, eos]
 
 
 def _answer(start: _Prompt, prompt: Messages, completion: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
@@ -209,15 +227,23 @@ def _close(ids: list[int], mask: list[bool], tokenizer: Any) -> tuple[list[int],
 
 def _prompt(prompt: Text, tokenizer: Any) -> _Prompt:
     if isinstance(prompt, str):
-        lead = _lead(tokenizer, tokenizer.bos_token_id, getattr(tokenizer, "add_bos_token", False))
-        plain = _encode(tokenizer, prompt)[0]
-        ids = plain if plain[: len(lead)] == list(lead) else [*lead, *plain]
-        return _Prompt(prompt, ids, len(lead), plain)
+        begun = _begun(prompt, tokenizer)
+        if not begun.ids:
+            raise UserError("the prompt is empty, so there is nothing to continue: leave such rows out")
+        return begun
     text = chat.prompt(prompt, tokenizer)
     plain = _encode(tokenizer, text)[0]
     # A template may begin with what is called the bos token without meaning it (SmolLM2's <|im_start|>).
     begins = "bos_token" in tokenizer.get_chat_template() and text.startswith(str(tokenizer.bos_token))
     return _Prompt(text, plain, int(begins), plain)
+
+
+def _begun(text: str, tokenizer: Any) -> _Prompt:
+    """A text as the beginning of a sequence."""
+    lead = _lead(tokenizer, tokenizer.bos_token_id, getattr(tokenizer, "add_bos_token", False))
+    plain = _encode(tokenizer, text)[0]
+    ids = plain if plain[: len(lead)] == list(lead) else [*lead, *plain]
+    return _Prompt(text, ids, len(lead), plain)
 
 
 def _cut(prompt: _Prompt, limit: int | None) -> list[int]:
@@ -246,6 +272,13 @@ def _encode(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     """Tokens and the characters each stands for; no special token is added."""
     if not text:
         return [], []
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"a text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start + 1}, "
+            "which is no character: write it as UTF-8 again"
+        ) from error
     backend = tokenizer.backend_tokenizer
     if backend.truncation is None and backend.padding is None and not tokenizer.split_special_tokens:
         found = backend.encode(text, add_special_tokens=False)  # as below, in half the time
@@ -276,10 +309,10 @@ def _covered(offsets: list[Span], spans: list[Span]) -> list[bool]:
     return mask.tolist()
 
 
-def _example(ids: Any, mask: Any, prompt: int = 0) -> Example:
+def _example(ids: Any, mask: Any, prompt: int = 0, lost: tuple[int, int] = (0, 0)) -> Example:
     ids, mask = np.asarray(ids, np.int32), np.asarray(mask, bool)
     mask[:1] = False
-    return Example(ids, mask, prompt)
+    return Example(ids, mask, prompt, lost)
 
 
 def _eos(tokenizer: Any) -> int:

@@ -53,7 +53,7 @@ def preference_row(row: Row) -> dict[str, Any]:
     """{"prompt", "chosen", "rejected", "margin"}, three texts or three lists of messages; margin 0.0 if there is none.
 
     Without "prompt": chosen and rejected are whole dialogues, as messages that begin alike, or as hh-rlhf texts
-    (`hh_row`). With one, chosen and rejected messages may repeat it.
+    (`hh_row`). With one, chosen and rejected may both repeat it.
     """
     needs = _need(row, "chosen", "rejected") if "prompt" not in row else _need(row, "prompt", "chosen", "rejected")
     chosen, rejected = _either(row, "chosen", needs), _either(row, "rejected", needs)
@@ -74,6 +74,7 @@ def preference_row(row: Row) -> dict[str, Any]:
         if isinstance(chosen, list) != isinstance(rejected, list):
             raise UserError("fields 'chosen' and 'rejected' must be of one kind: two texts or two lists of messages")
     (_, chosen), (prompt, rejected) = _same_kind(prompt, chosen), _same_kind(prompt, rejected)
+    chosen, rejected = _unrepeated(prompt, [chosen, rejected])
     sides = {"chosen": _answer("chosen", chosen), "rejected": _answer("rejected", rejected)}
     return {"prompt": prompt, **sides, "margin": _margin(row)}
 
@@ -107,10 +108,10 @@ def comparison_row(row: Row) -> dict[str, Any]:
         raise UserError(
             f"field 'best' must be a position in 'completions' (0 to {len(completions) - 1}), not {shown(best)}"
         )
-    pairs = [completion_row({"prompt": row["prompt"], "completion": completion}) for completion in completions]
+    pairs = [completion_row({**row, "completion": completion}) for completion in completions]
     if len({isinstance(pair["prompt"], str) for pair in pairs}) > 1:
         raise UserError("field 'completions' mixes texts and messages; give one kind")
-    answers = [pair["completion"] for pair in pairs]
+    answers = _unrepeated(pairs[0]["prompt"], [pair["completion"] for pair in pairs])
     return {"prompt": pairs[0]["prompt"], "completions": answers, "best": int(best), "margin": _margin(row)}
 
 
@@ -210,6 +211,30 @@ def _same_kind(prompt: Text, completion: Text) -> tuple[Text, Text]:
     return prompt, completion
 
 
+def repeats(prompt: Text, completions: Sequence[Text]) -> bool:
+    """Whether all completions begin with the text of their prompt (or with the beginning of an answer that ends it)."""
+    begun = _begun(prompt)
+    texts = [x if isinstance(x, str) else x[0].get("content") or "" for x in completions]
+    return bool(begun.strip()) and all(text.startswith(begun) for text in texts)
+
+
+def _begun(prompt: Text) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[-1].get("content") or "" if prompt[-1]["role"] == "assistant" else ""
+
+
+def _unrepeated(prompt: Text, completions: list[Text]) -> list[Text]:
+    """Completions of one prompt without it, where they all repeat it."""
+    if not repeats(prompt, completions):
+        return completions
+    size = len(_begun(prompt))
+    return [
+        x[size:] if isinstance(x, str) else Messages([{**x[0], "content": x[0]["content"][size:]}, *x[1:]], x.variables)
+        for x in completions
+    ]
+
+
 def continued(prompt: Messages, completion: Messages) -> Messages:
     """The dialogue of a prompt that ends in the beginning of an answer, and a completion that goes on with it."""
     begun, first = prompt[-1], completion[0]
@@ -240,6 +265,10 @@ def _shared_beginning(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
 def _margin(row: Row) -> float:
     margin = row.get("margin")
     margin = 0.0 if margin is None else margin
-    if isinstance(margin, bool) or not isinstance(margin, (int, float, np.number)) or not math.isfinite(margin):
+    try:
+        finite = not isinstance(margin, bool) and isinstance(margin, (int, float, np.number)) and math.isfinite(margin)
+    except OverflowError:  # an integer of hundreds of digits
+        finite = False
+    if not finite:
         raise UserError(f"field 'margin' must be a finite number, not {shown(margin)}")
     return float(margin)

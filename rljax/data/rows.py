@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
+import decimal
 import gzip
 import hashlib
 import json
@@ -10,6 +13,7 @@ import operator
 import os
 import pathlib
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, overload
 
@@ -19,6 +23,7 @@ from rljax.data.progress import track
 from rljax.errors import UserError
 
 Row = Mapping[str, Any]
+NAMED = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID)  # whose text says what they are
 
 
 class Rows(Sequence[Row]):
@@ -72,8 +77,10 @@ class Rows(Sequence[Row]):
         except KeyError as error:
             found = ", ".join(map(repr, row)) or "no fields"
             raise UserError(f"{self.where(index)}: field {error} is missing (this row has {found})") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise UserError(f"{self.where(index)}: {error}") from error
+        except RecursionError as error:
+            raise UserError(f"{self.where(index)}: a value is nested too deeply to be read") from error
 
     def _position(self, index: SupportsIndex) -> int:
         position = operator.index(index)
@@ -95,7 +102,10 @@ def in_memory(source: Sequence[Any], where: Callable[[int], str] = "rows[{}]".fo
 
 def shown(value: Any, limit: int = 60) -> str:
     """A value as messages show it: its type, and its beginning."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; nesting without end
+        text = "too large to show"
     return f"{type(value).__name__} {text if len(text) <= limit else text[:limit] + '…'}"
 
 
@@ -171,7 +181,8 @@ def _digest(total: Any, value: Any) -> None:
         total.update(f"a{value.dtype.str}{value.shape}:".encode())
         total.update(np.ascontiguousarray(value).tobytes())
     elif hasattr(value, "__dataclass_fields__"):
-        _digest(total, vars(value))
+        fields = [field for field in dataclasses.fields(value) if field.metadata.get("content", True)]
+        _digest(total, {field.name: getattr(value, field.name) for field in fields})
     elif isinstance(value, (list, tuple)):
         total.update(b"[%d:" % len(value))
         for item in value:
@@ -181,6 +192,8 @@ def _digest(total: Any, value: Any) -> None:
         total.update(b"%s%d:" % (b"s" if isinstance(value, str) else b"b", len(data)) + data)
     elif value is None or isinstance(value, (bool, int, float)):
         total.update(f"{type(value).__name__}{value!r}:".encode())
+    elif isinstance(value, NAMED):
+        total.update(f"{type(value).__name__}{value}:".encode())
     else:
         raise UserError(f"fingerprint: cannot hash {shown(value)}; rows hold text, numbers, lists, mappings and arrays")
 
@@ -198,7 +211,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> pathlib.Pa
                 else contextlib.nullcontext(file) as out
             ):
                 for row in rows:
-                    out.write(json.dumps(dict(row), ensure_ascii=False, default=_plain).encode() + b"\n")
+                    out.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())  # mkstemp gives 0600, which would keep a colleague from reading it
@@ -209,10 +222,23 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Row]) -> pathlib.Pa
     return path
 
 
+def _line(row: Row) -> bytes:
+    if not isinstance(row, Mapping):
+        raise UserError(f"write_jsonl: a row must be an object with named fields; this is {shown(row)}")
+    try:
+        return json.dumps(dict(row), ensure_ascii=False, default=_plain).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only hold escaped
+        return json.dumps(dict(row), default=_plain).encode() + b"\n"
+    except (RecursionError, TypeError) as error:
+        raise UserError(f"write_jsonl: cannot write {shown(row)} as JSON: {error}") from error
+
+
 def _plain(value: Any) -> Any:
-    """numpy as JSON."""
+    """numpy as JSON, and times and decimals as their texts."""
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
+    if isinstance(value, NAMED):
+        return str(value)
     raise UserError(f"write_jsonl: cannot write {shown(value)} as JSON")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import collections
 import difflib
 import gzip
@@ -10,6 +11,7 @@ import mmap
 import os
 import pathlib
 import re
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +24,9 @@ from rljax.data.rows import Row, Rows, concatenate, in_memory, shown
 from rljax.errors import UserError
 
 GROUP_CACHE_BYTES = 2**30  # of decoded Parquet row groups kept in memory, per file
+IN_MEMORY = 2**26  # bytes of an unpacked .gz; a larger one is unpacked into a file
+MESSAGES = ("messages", "prompt", "chosen", "rejected", "completion", "tool_calls", "tools")
+LONGEST_LINE = 2**28  # bytes of JSON in one row
 SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "held_out")
 
 
@@ -135,6 +140,8 @@ def _jsonl(path: pathlib.Path) -> Rows:
         return f"{path.name}:{numbers[i]}"
 
     def parse(i: int) -> Row:
+        if ends[i] - starts[i] > LONGEST_LINE:
+            raise UserError(f"{where(i)}: a line of {ends[i] - starts[i]:,} bytes: a row must fit in {LONGEST_LINE:,}")
         line = data[int(starts[i]) : int(ends[i])]
         try:
             row = json.loads(line.decode("utf-8-sig" if numbers[i] == 1 else "utf-8"))
@@ -142,6 +149,8 @@ def _jsonl(path: pathlib.Path) -> Rows:
             raise UserError(f"{where(i)}: not valid JSON at column {error.colno}: {error.msg}") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{where(i)}: not UTF-8 at byte {error.start + 1} of the line: {error.reason}") from error
+        except (RecursionError, ValueError) as error:  # an integer of thousands of digits
+            raise UserError(f"{where(i)}: {_too_much(error)}") from error
         if not isinstance(row, dict):
             raise UserError(f"{where(i)}: a row must be a JSON object with named fields; this is {shown(row)}")
         return row
@@ -149,30 +158,53 @@ def _jsonl(path: pathlib.Path) -> Rows:
     return Rows(parse, len(starts), where)
 
 
+def _too_much(error: Exception) -> str:
+    return "a value is nested too deeply to be read" if isinstance(error, RecursionError) else str(error)
+
+
 def _bytes(path: pathlib.Path) -> bytes | mmap.mmap:
     if path.name.endswith(".gz"):
-        try:
-            return gzip.decompress(path.read_bytes())
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"{path.name}: not a whole gzip file ({error}); download it again") from error
+        return _unpacked(path)
     if not path.stat().st_size:
         return b""
     with path.open("rb") as file:  # the mapping outlives the open file
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
+def _unpacked(path: pathlib.Path) -> bytes | mmap.mmap:
+    """What a .gz holds: in memory, or from `IN_MEMORY` bytes on in a temporary file without a name, mapped."""
+    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as out:
+        try:
+            with gzip.open(path) as file:
+                while chunk := file.read(2**20):
+                    out.write(chunk)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path.name}: not a whole gzip file ({error}); download it again") from error
+        except OSError as error:
+            raise UserError(
+                f"{path.name}: cannot be unpacked into {tempfile.gettempdir()} ({error.strerror or error}): set TMPDIR "
+                "to a folder with room for it, or unpack it yourself"
+            ) from error
+        if out.tell() < IN_MEMORY:
+            out.seek(0)
+            return out.read()
+        out.rollover()
+        out.flush()
+        return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def _lines(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start, end and number (from 1) of every line that is not blank, i64 each."""
-    found: list[tuple[int, int, int]] = []
+    found = array.array("q")
     start, number, size = 0, 0, len(data)
     while start < size:
         number += 1
         end = data.find(b"\n", start)
         end = size if end < 0 else end
         if end - start > 64 or data[start:end].strip():
-            found.append((start, end, number))
+            found.extend((start, end, number))
         start = end + 1
-    starts, ends, numbers = np.asarray(found, np.int64).reshape(-1, 3).T
+    starts, ends, numbers = np.frombuffer(found, np.int64).reshape(-1, 3).T
     return starts, ends, numbers
 
 
@@ -183,6 +215,8 @@ def _json(path: pathlib.Path) -> Rows:
         raise UserError(f"{path.name}:{error.lineno}: not valid JSON at column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path.name}: not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path.name}: {_too_much(error)}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path.name}: must be a list of objects; this is {shown(rows)} (JSON lines are named .jsonl)")
     return in_memory(rows, where=lambda i: f"{path.name}[{i}]")
@@ -198,7 +232,7 @@ def _parquet(path: pathlib.Path) -> Rows:
 
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path.name}: not a readable Parquet file ({error})") from error
     meta = file.metadata
     starts = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
@@ -207,7 +241,7 @@ def _parquet(path: pathlib.Path) -> Rows:
     def group(g: int) -> Any:
         with lock:
             if g not in groups:
-                groups[g] = file.read_row_group(g)
+                groups[g] = _row_group(file, g, path.name)
                 while len(groups) > 1 and sum(table.nbytes for table in groups.values()) > GROUP_CACHE_BYTES:
                     groups.popitem(last=False)
             groups.move_to_end(g)
@@ -215,9 +249,42 @@ def _parquet(path: pathlib.Path) -> Rows:
 
     def parse(i: int) -> Row:
         g = int(np.searchsorted(starts, i, side="right")) - 1
-        return _row(group(g).slice(i - int(starts[g]), 1).to_pylist()[0], f"{path.name}[{i}]")
+        table = group(g).slice(i - int(starts[g]), 1)
+        try:
+            row = {name: _scalar(table.column(k)) for k, name in enumerate(table.column_names)}
+        except (pyarrow.ArrowException, ValueError, OSError) as error:
+            raise UserError(
+                f"{path.name}[{i}]: cannot be read ({error}): the file is damaged, fetch it again"
+            ) from error
+        return _row(row, f"{path.name}[{i}]")
 
     return Rows(parse, int(starts[-1]), lambda i: f"{path.name}[{i}]")
+
+
+def _row_group(file: Any, number: int, name: str) -> Any:
+    import pyarrow
+
+    try:
+        return file.read_row_group(number)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: row group {number} cannot be read ({error}): the file is damaged, fetch it again"
+        ) from (error)
+
+
+def _scalar(column: Any) -> Any:
+    """The one value of a column, maps as dicts. A time that Python cannot hold is its number."""
+    import pyarrow
+
+    try:
+        return column.to_pylist(maps_as_pydicts="lossy")[0]
+    except (ValueError, OverflowError, UnicodeDecodeError):
+        kinds = pyarrow.types
+        if kinds.is_temporal(column.type):
+            return column.cast(pyarrow.int64()).to_pylist()[0]
+        if kinds.is_string(column.type) or kinds.is_large_string(column.type):
+            return column.cast(pyarrow.large_binary()).to_pylist()[0]
+        raise
 
 
 # --- TFDS and Hugging Face --------------------------------------------------------------------------------------------
@@ -260,16 +327,16 @@ def _hugging_face(name: str, split: str) -> Rows:
 
 
 def _row(row: Mapping[str, Any], where: str) -> Row:
-    return {name: _plain(value, where) for name, value in row.items()}
+    return {name: _turned(name, _plain(value, where)) for name, value in row.items()}
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Python values: bytes become text, numpy scalars numbers, and columns of messages lists of messages."""
+    """Python values: bytes that are text become text, numpy scalars numbers."""
     if isinstance(value, bytes):
         try:
             return value.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: a text is not UTF-8 at byte {error.start + 1}: {error.reason}") from error
+        except UnicodeDecodeError:
+            return value  # an image, say: whoever needs a text here says so
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value
     if isinstance(value, np.generic):
@@ -277,8 +344,31 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, (list, tuple, np.ndarray)):
         return [_plain(item, where) for item in value]
     if isinstance(value, Mapping):
-        fields = _row(value, where)
-        if {"role", "content"} <= fields.keys() and all(isinstance(column, list) for column in fields.values()):
-            return [dict(zip(fields, message, strict=True)) for message in zip(*fields.values(), strict=True)]
-        return fields
+        return {name: _plain(item, where) for name, item in value.items()}
     return value
+
+
+def _turned(name: str, value: Any) -> Any:
+    """Messages that are stored as columns ({"role": […], "content": […]}), and what is inside of them, as rows."""
+    if isinstance(value, Mapping):
+        of_messages = name in MESSAGES or "role" in value
+        if of_messages and (size := _columns(value)) is not None:
+            return [_turned("", _at(value, i)) for i in range(size)]
+        return {key: _turned(key, item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_turned(name if name in MESSAGES else "", item) for item in value]
+    return value
+
+
+def _columns(value: Any) -> int | None:
+    """How many rows columns of one length hold; None for anything else."""
+    if isinstance(value, Mapping):
+        sizes = {_columns(column) for column in value.values()}
+        return sizes.pop() if len(sizes) == 1 else None
+    return len(value) if isinstance(value, (list, np.ndarray)) else None
+
+
+def _at(value: Any, i: int) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _at(column, i) for name, column in value.items()}
+    return value[i].item() if isinstance(value, np.ndarray) and value.ndim == 1 else value[i]

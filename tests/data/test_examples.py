@@ -48,8 +48,10 @@ def test_text_with_bos_has_it_once(plain):
 def test_cut_text_has_no_end(plain):
     example = data.text_example({"text": "Once upon a time"}, plain, max_length=4)
     assert example.ids.tolist() == plain("Once upon a time")["input_ids"]
-    assert data.text_example({"text": ""}, plain).ids.tolist() == [plain.eos_token_id]
-    assert not data.text_example({"text": ""}, plain).mask.any()
+    for bos in (False, True):
+        plain.add_bos_token = bos
+        with pytest.raises(ValueError, match="field 'text' is empty"):
+            data.text_example({"text": ""}, plain)
 
 
 # --- prompts and completions as texts ---------------------------------------------------------------------------------
@@ -72,7 +74,6 @@ def test_completion_is_what_tokenising_once_gives(plain):
         ("The ans", "wer: 42"),
         ("Once up", "on a time"),
         ("a", "b"),
-        ("", "hi"),
         ("\n\n", "\n x"),
     ],
 )
@@ -101,7 +102,7 @@ def test_merging_across_the_border(chatml):
     assert parts(complete(chatml, "The answer: ", "42"), chatml) == ("The answer: ", f"42{END}")
 
 
-@pytest.mark.parametrize("completion", [" was", " was</s>", " was</s></s>", " was</s> and more</s>"])
+@pytest.mark.parametrize("completion", [" was", " was</s>", " was</s></s>"])
 def test_one_end_token_and_nothing_after_it(plain, completion):
     example = complete(plain, "Once", completion)
     assert example.ids.tolist().count(plain.eos_token_id) == 1
@@ -114,9 +115,20 @@ def test_empty_completion_is_its_end(plain, chatml):
     assert parts(complete(chatml, "hello", END), chatml) == ("hello", END)
 
 
-def test_empty_prompt_never_trains_the_first_token(plain):
-    example = complete(plain, "", "Once upon")
-    assert (example.prompt, example.mask.tolist()) == (0, [False, True, True])
+@pytest.mark.parametrize("completion", [" was</s> and more</s>", "costs <s>10</s> 8", "</s>x"])
+def test_end_token_inside_a_completion(plain, completion):
+    with pytest.raises(ValueError, match="the completion holds '</s>', the token where generation stops"):
+        complete(plain, "Once", completion)
+
+
+def test_empty_prompt_is_at_least_a_beginning_of_sequence(plain):
+    for form, row in {
+        data.completion_example: {"prompt": "", "completion": "Once upon"},
+        data.preference_example: {"prompt": "", "chosen": "a", "rejected": "b"},
+        data.prompt_example: {"prompt": ""},
+    }.items():
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            form(row, plain)
     plain.add_bos_token = True
     example = complete(plain, "", "Once upon")
     assert (example.prompt, example.mask.tolist()) == (1, [False, True, True, True])
@@ -184,6 +196,23 @@ def test_preference_texts(plain):
     chosen, rejected = data.preference_example(row, plain)
     assert (parts(chosen, plain), parts(rejected, plain)) == (("Once", "upon a</s>"), ("Once", "</s>"))
     assert chosen.ids[: chosen.prompt].tolist() == rejected.ids[: rejected.prompt].tolist()
+
+
+@pytest.mark.parametrize("form", ["preference", "comparison"])
+def test_prompts_that_completions_repeat_are_taken_once(plain, chatml, form):
+    def both(row, tokenizer):
+        if form == "preference":
+            return data.preference_example(row, tokenizer)
+        two = [row.pop("chosen"), row.pop("rejected")]
+        return data.comparison_example({**row, "completions": two, "best": 0}, tokenizer).examples
+
+    row = {"prompt": "Once upon", "chosen": "Once upon a time", "rejected": "Once upon"}
+    assert [parts(one, plain) for one in both(row, plain)] == [("Once upon", "a time</s>"), ("Once upon", "</s>")]
+    row = {"prompt": "Once", "chosen": "Once upon", "rejected": "upon"}  # by chance
+    assert parts(both(row, plain)[0], plain)[1] == "Once upon</s>"
+    begun = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "I am"}]
+    row = {"prompt": begun, "chosen": "I am 42", "rejected": "I am here"}
+    assert [parts(one, chatml)[1] for one in both(row, chatml)] == [f" 42{END}", f" here{END}"]
 
 
 def test_preference_dialogues_share_their_prompt(chatml):
