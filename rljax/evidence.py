@@ -27,7 +27,7 @@ from rljax.types import PolicyBatch
 COLUMNS: dict[str, str] = {
     "logp": "log-probability when it was sampled",
     "ref_logp": "log-probability under the reference",
-    "reward": "reward of the token alone, before the KL penalty (the score is the row's)",
+    "reward": "of the token: the score on the last one, less the KL penalty where the reward holds it",
     "value": "what the critic expected before it",
     "return": "what the critic is fitted to",
     "advantage": "as the loss sees it, after whitening",
@@ -49,7 +49,8 @@ def rows_of(
     for i in range(min(count, len(verdict.total))):
         real, mask = rollout.tokens.segments[i] > 0, rollout.tokens.mask[i]
         columns = {"logp": rollout.logps[i]}
-        for name, array in (("ref_logp", notes.ref_logps), ("reward", verdict.per_token), ("value", notes.values)):
+        rewards = batch.rewards if isinstance(batch, PolicyBatch) else verdict.per_token
+        for name, array in (("ref_logp", notes.ref_logps), ("reward", rewards), ("value", notes.values)):
             columns |= {name: array[i]} if array is not None else {}
         if isinstance(batch, PolicyBatch):
             columns |= {"advantage": batch.advantages[i]}

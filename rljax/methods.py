@@ -102,7 +102,7 @@ def ppo(
             "val/explained_variance": _explained(returns, notes.values, mask),
         }
         made = _policy_batch(run, rollout, notes, gained, kl_factor)
-        return dataclasses.replace(made, old_values=notes.values, returns=returns), metrics
+        return dataclasses.replace(made, rewards=rewards, old_values=notes.values, returns=returns), metrics
 
     return Method(
         params=tree,
@@ -133,7 +133,7 @@ def policy_gradient(
         else:
             whole = jnp.where(mask.any(1), ops.sequence_sum(rewards, mask), judged.scores)
             gained = jnp.where(mask, _compare(run, names, whole, judged)[:, None], 0.0)
-        return _policy_batch(run, rollout, notes, gained, kl_factor), metrics
+        return dataclasses.replace(_policy_batch(run, rollout, notes, gained, kl_factor), rewards=rewards), metrics
 
     return Method(
         params=params,

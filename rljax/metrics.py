@@ -6,7 +6,8 @@ reports show it without a definition.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Definition(NamedTuple):
@@ -25,13 +26,15 @@ METRICS: dict[str, Definition] = {
         "exp of the negative log-likelihood per trained token", better="lower", group="perplexity"
     ),
     "mean_token_accuracy": Definition(
-        "Share of trained tokens that are the most likely one under the model", better="higher", group="accuracy"
+        "Share of trained tokens that are the most likely one under the model",
+        better="higher",
+        group="token accuracy",
     ),
     "accuracy": Definition(
         "Share of comparisons whose best response has the strictly highest score", "", "higher", "accuracy"
     ),
     "margin": Definition("Score of the best response minus the mean score of the others", "", "higher", "margin"),
-    "reward/mean": Definition("Mean score that the reward model gives", group="reward"),
+    "reward/mean": Definition("Mean score that the experiment's own evaluation gives", group="reward"),
     "reward/std": Definition("Standard deviation of the scores", group="reward"),
     "reward/chosen": Definition("Mean score of the preferred responses", group="reward"),
     "reward/rejected": Definition("Mean score of the other responses", group="reward"),
@@ -39,7 +42,9 @@ METRICS: dict[str, Definition] = {
     "rewards/rejected": Definition(f"{_REWARD}: its mean over rejected (KTO: undesirable) responses", group="rewards"),
     "rewards/margins": Definition("Mean of the preferred response's reward minus the other's", "", "higher", "rewards"),
     "rewards/accuracies": Definition(
-        "Share of pairs whose preferred response has the strictly higher reward", better="higher", group="accuracy"
+        "Share of pairs whose preferred response has the higher reward; a tie is half a pair (before training all tie, but for rounding)",
+        better="higher",
+        group="accuracy",
     ),
     "logps/chosen": Definition(
         "Mean log-probability of the preferred response (sum over its tokens)", "nats", group="logps"
@@ -150,13 +155,30 @@ METRICS: dict[str, Definition] = {
 }
 
 
-def define(name: str) -> Definition | None:
-    """The definition of a logged metric; `eval/x` is `x` on held-out data. None for a name of your own."""
+def define(name: str, experiment: Mapping[str, Any] | None = None) -> Definition | None:
+    """The definition of a logged metric; `eval/x` is `x` on held-out data. None for a name of your own.
+
+    experiment: the record of the run (experiment.json), whose settings say what some numbers are.
+    """
     plain = name.removeprefix("eval/")
     definition = METRICS.get(plain) or _of_reward(plain)
+    if definition is not None:
+        definition = _of_run(plain, definition, experiment or {})
     if definition is not None and plain != name:
         return definition._replace(text=f"{definition.text}; on held-out data")
     return definition
+
+
+def _of_run(name: str, definition: Definition, experiment: Mapping[str, Any]) -> Definition:
+    """What the settings of a run make of a definition: averages, no reference, a reward model."""
+    text, unit = definition.text, definition.unit
+    if experiment.get("average") is True and name.startswith("logps/"):
+        text, unit = text.replace("(sum over its tokens)", "(mean over its tokens)"), "nats/token"
+    if experiment.get("reference") is False and text.startswith(_REWARD):
+        text = text.replace(_REWARD, "The reward of a response is β · policy log-probability (no reference)")
+    if experiment.get("kind") == "RewardModel" and name == "reward/mean":
+        text = "Mean score that the reward model gives"
+    return definition._replace(text=text, unit=unit)
 
 
 def _of_reward(name: str) -> Definition | None:

@@ -100,7 +100,7 @@ def _finish(figure: Figure, axis: Axes, groups: Sequence[runs.Group], said: str)
     figure.supxlabel(said, fontsize=7, color="#666666", x=0.02, horizontalalignment="left")
     _limit(axis)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(loc="best", fontsize=8)
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=8)
 
 
 def _limit(axis: Axes) -> None:

@@ -36,7 +36,7 @@ STYLE = {
 }
 # A page is one picture; its panels are groups of metrics (metrics.py). Groups that are not here go to the last page.
 PAGES: dict[str, tuple[str, ...]] = {
-    "Loss": ("loss", "perplexity"),
+    "Loss": ("loss", "perplexity", "token accuracy"),
     "Rewards": ("scores", "rewards", "accuracy", "reward", "each reward", "margin"),
     "Distance from the reference": ("kl", "kl_coef", "logps", "odds", "entropy"),
     "Updates": ("approxkl", "ratio", "updates"),
@@ -46,6 +46,7 @@ PAGES: dict[str, tuple[str, ...]] = {
 }
 LABELS = {
     "accuracy": "share",
+    "token accuracy": "share",
     "rewards": "reward",
     "reward": "score",
     "scores": "score",
@@ -117,7 +118,7 @@ def _panel(axis: Axes, group: str, curves: Mapping[str, list[tuple[float, float]
     if group == "tokens/s":
         axis.set_ylim(bottom=0)
     if len(curves) > 1 or (len(curves) == 1 and axis.get_legend_handles_labels()[1] != plain):
-        axis.legend(loc="best")
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.21), ncols=2)  # below: no curve runs behind it
 
 
 def axis_label(metric: str, label: str | None = None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import time
@@ -173,6 +174,21 @@ class Line:
             self._bar.stop()
 
 
+def plain(value: Any) -> str:
+    """A text as it is; a list of messages as lines of their own: `user: What is …`."""
+    if isinstance(value, list | tuple) and value and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return "\n".join(f"{m['role']}: {_said(m)}" for m in value)
+    return str(value)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """The content of a message, and what else it holds (calls of tools, say) as JSON."""
+    content = message.get("content")
+    more = {name: value for name, value in message.items() if name not in ("role", "content") and value is not None}
+    texts = ["" if content is None else str(content), json.dumps(more, ensure_ascii=False, default=str) if more else ""]
+    return " ".join(text for text in texts if text)
+
+
 def sample_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: int = 280) -> Table:
     """Texts are shown as they are (no markup), cut in the middle where they are longer than `limit` characters."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -187,7 +203,7 @@ def sample_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: i
 def _cell(value: Any, limit: int) -> str:
     if isinstance(value, float):
         return number(value)
-    text = "" if value is None else str(value)
+    text = "" if value is None else plain(value)
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 

@@ -20,7 +20,7 @@ from rljax import plots
 from rljax.errors import UserError
 from rljax.manifest import moved, read_json
 from rljax.metrics import define
-from rljax.progress import duration, number, quantity
+from rljax.progress import duration, number, plain, quantity
 from rljax.tracking import read_rows
 
 Rows = Sequence[Mapping[str, Any]]
@@ -46,7 +46,7 @@ def write_report(
     parts = [
         f"# {escape(folder.resolve().name)}",
         "" if sections and not metrics else _summary(metrics, timing, read_json(folder / "experiment.json")),
-        _results(metrics),
+        _results(metrics, read_json(folder / "experiment.json")),
         *(f"## {escape(title)}\n\n{text.strip()}" for title, text in sections),
         _curves(folder, pages),
         _samples(samples),
@@ -64,10 +64,10 @@ _MEANING |= dict.fromkeys((*range(9), *range(11, 32), 127)) | {ord("\t"): " ", o
 
 def escape(text: Any, limit: int | None = None) -> str:
     """Text as it is, in a Markdown paragraph or table cell: nothing in it is markup; line breaks become <br>."""
-    text = str(text).replace("\r\n", "\n").strip("\n")
+    text = plain(text).replace("\r\n", "\n").strip("\n")
     if limit is not None and len(text) > limit:
         text = f"{text[: limit // 2]} … {text[-(limit // 2) :]}"
-    return text.translate(_MEANING)
+    return re.sub(r"(?<=\w)&#95;(?=\w)", "_", text.translate(_MEANING))  # between letters it marks nothing up
 
 
 def _name(metric: str) -> str:
@@ -110,7 +110,7 @@ def _summary(metrics: Rows, timing: Rows, experiment: Mapping[str, Any] | None) 
     return "\n\n".join(lines)
 
 
-def _results(metrics: Rows) -> str:
+def _results(metrics: Rows, experiment: Mapping[str, Any] | None) -> str:
     """First, last and best value of every metric, held-out ones first."""
     names = sorted({name for row in metrics for name in row} - {"step"}, key=lambda name: (name[:5] != "eval/", name))
     lines = []
@@ -118,7 +118,7 @@ def _results(metrics: Rows) -> str:
         points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
         if not points:
             continue
-        definition = define(name)
+        definition = define(name, experiment)
         better = definition.better if definition else ""
         best = min(points, key=lambda point: (-point[1] if better == "higher" else point[1], point[0]))
         arrow = {"higher": "↑", "lower": "↓"}.get(better, "")

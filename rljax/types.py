@@ -104,6 +104,7 @@ class PolicyBatch:
     importance: Array | None = None  # f32[b t]: weights of tokens that another policy than the old one sampled
     kl_coef: Array | None = None  # f32[b], one number repeated: the coefficient of the KL penalty in the loss
     pretrain: Tokens | None = None  # [p t]: pretraining text beside the rollout (PPO-ptx)
+    rewards: Array | None = None  # f32[b t]: what the advantages were made of, for those who look; no loss reads it
 
 
 @pytree

@@ -26,8 +26,8 @@ def trace(*, critic=True) -> Trace:
     rollout, rng = tiny.rollout((3, 6, 2), (4, 2, 3)), np.random.default_rng(2)
     mask = np.asarray(rollout.tokens.mask)
     trained = mask & np.asarray([[True], [True], [False]])
-    ref, values, per_token, advantages, returns = (
-        jnp.where(mask, x, 0.0) for x in rng.normal(0, 1, (5, *mask.shape)).astype(np.float32)
+    ref, values, per_token, advantages, returns, rewards = (
+        jnp.where(mask, x, 0.0) for x in rng.normal(0, 1, (6, *mask.shape)).astype(np.float32)
     )
     total = jnp.asarray([0.7, -1.5, NAN])
     verdict = Verdict(total=total, parts={"kind": total, "short": jnp.asarray([1.0, NAN, NAN])}, per_token=per_token)
@@ -37,6 +37,7 @@ def trace(*, critic=True) -> Trace:
         old_logps=jnp.where(trained, rollout.logps, 0.0),
         advantages=jnp.where(trained, advantages, 0.0),
         returns=returns if critic else None,
+        rewards=rewards,
     )
     return Trace(rollout, verdict, Notes(ref_logps=ref, values=values if critic else None), batch)
 
@@ -61,7 +62,7 @@ def test_every_column_by_hand():
         for name, array in {
             "logp": made.rollout.logps,
             "ref_logp": made.notes.ref_logps,
-            "reward": made.verdict.per_token,
+            "reward": made.batch.rewards,  # with the score and the KL penalty, not what the reward function gave
             "value": made.notes.values,
             "advantage": made.batch.advantages,
             "return": made.batch.returns,

@@ -313,6 +313,7 @@ def test_rloo_with_the_kl_in_the_reward_of_the_sequence():
     whole = GROUPS - 0.1 * kl
     expected = whole - (whole.sum(1, keepdims=True) - whole) / 3
     np.testing.assert_allclose(per_row(batch, rollout), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(batch.rewards).sum(1).reshape(3, 4), whole, rtol=1e-4, atol=1e-5)
     assert metrics["objective/kl"] == pytest.approx(kl.mean(), rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Objectives: losses bound to a model, against the same numbers computed by hand from log-probabilities."""
 
+import dataclasses
 import functools
 
 import jax
@@ -33,6 +34,14 @@ def test_preference_is_the_loss_of_the_sums():
     assert value(metrics["rewards/margins"]) == pytest.approx(float(margins[real].mean()), rel=1e-4)
     assert value(metrics["rewards/accuracies"]) == pytest.approx(float((margins[real] > 0).mean()))
     assert value(metrics["logps/chosen"]) == pytest.approx(float(chosen[real].mean()), rel=1e-5)
+
+
+def test_a_tie_is_half_a_pair():
+    """Before training all rewards are 0: neither response is preferred, an accuracy of one half."""
+    batch = tiny.pairs()
+    same = dataclasses.replace(batch, rejected=batch.chosen, ref_rejected_logps=batch.ref_chosen_logps)
+    _, metrics = objectives.preference(tiny.model(), functools.partial(losses.dpo_loss, beta=0.3))(tiny.params(), same)
+    assert value(metrics["rewards/accuracies"]) == 0.5
 
 
 def test_average_reference_free_and_nll():

@@ -168,3 +168,46 @@ def test_axes_are_labelled_with_units():
 def test_smoothing_has_no_bias_and_keeps_gaps():
     assert plots.smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert math.isnan(plots.smooth([1.0, math.nan, 2.0])[1])
+
+
+@pytest.mark.parametrize(
+    ("experiment", "metric", "said"),
+    [
+        ({"kind": "Preference"}, "logps/chosen", "sum over its tokens"),
+        ({"kind": "Preference", "average": True}, "logps/chosen", "mean over its tokens) [nats/token]"),
+        ({"kind": "Preference", "reference": True}, "rewards/margins", "reward minus the other"),
+        ({"kind": "Preference", "reference": True}, "rewards/chosen", "policy log-probability − reference"),
+        ({"kind": "Preference", "reference": False}, "eval/rewards/chosen", "(no reference): its mean over preferred"),
+        ({"kind": "Preference"}, "eval/reward/mean", "the experiment's own evaluation gives"),
+        ({"kind": "RewardModel"}, "eval/reward/mean", "the reward model gives; on held-out data"),
+    ],
+)
+def test_what_a_number_is_depends_on_the_run(tmp_path, experiment, metric, said):
+    text = report.write_report(fill(tmp_path, metrics=[{"step": 1, metric: 1.0}], experiment=experiment)).read_text()
+    assert said in unescape(cells(text, f"`{metric}`")[-1])
+
+
+def test_messages_are_shown_as_a_dialogue(tmp_path):
+    call = [{"function": {"name": "add", "arguments": {"a": 1}}}]
+    prompt = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": None, "tool_calls": call},
+        {"role": "tool", "content": "2"},
+    ]
+    samples = [{"step": 1, "prompt": prompt, "completion": "2"}]
+    text = report.write_report(fill(tmp_path, metrics=[{"step": 1, "loss": 1.0}], samples=samples)).read_text()
+    shown = (
+        'user: 1 + 1?<br>assistant: {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}<br>tool: 2'
+    )
+    assert shown in re.sub(r"&#(\d+);", lambda match: chr(int(match[1])), text)
+
+
+def test_names_with_an_underscore_stay_readable():
+    assert report.escape("ppo_happy_2 and _x_ and a__b") == "ppo_happy_2 and &#95;x&#95; and a&#95;&#95;b"
+
+
+def test_tokens_are_no_rewards():
+    """SFT's share of right tokens stands with its loss, without a line at one half."""
+    (title, _), *others = plots.draw_curves([{"step": 1, "loss": 1.0, "mean_token_accuracy": 0.2}])
+    assert title == "Loss"
+    assert not others

@@ -208,5 +208,5 @@ def _reward_metrics(chosen: Array, rejected: Array, real: Array) -> Metrics:
         "rewards/chosen": ops.masked_mean(chosen, real),
         "rewards/rejected": ops.masked_mean(rejected, real),
         "rewards/margins": ops.masked_mean(chosen - rejected, real),
-        "rewards/accuracies": ops.masked_mean((chosen > rejected).astype(jnp.float32), real),
+        "rewards/accuracies": ops.masked_mean(0.5 * (1 + jnp.sign(chosen - rejected)), real),
     }
