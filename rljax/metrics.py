@@ -42,7 +42,7 @@ METRICS: dict[str, Definition] = {
     "rewards/rejected": Definition(f"{_REWARD}: its mean over rejected (KTO: undesirable) responses", group="rewards"),
     "rewards/margins": Definition("Mean of the preferred response's reward minus the other's", "", "higher", "rewards"),
     "rewards/accuracies": Definition(
-        "Share of pairs whose preferred response has the higher reward; a tie is half a pair (before training all tie, but for rounding)",
+        "Share of pairs whose preferred response has the higher reward; a tie is half a pair, so about ½ at step 0",
         better="higher",
         group="accuracy",
     ),
