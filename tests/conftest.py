@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -21,7 +22,9 @@ _hook.__enter__()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.lru_cache import LRUCache  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,10 +36,25 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="long: set RLJAX_ALL_TESTS=1"))
 
 
+def _put(cache: LRUCache, key: str, value: bytes) -> None:
+    """JAX writes to the file that others may be reading; here it appears whole."""
+    path = pathlib.Path(str(cache.path)) / f"{key}-cache"
+    if not path.exists():
+        part = path.with_name(f"{key}.{os.getpid()}.part")
+        part.write_bytes(value)
+        part.replace(path)
+
+
+LRUCache.put = _put
+
+
 @pytest.fixture(scope="session")
 def kept_programs(tmp_path_factory) -> pathlib.Path:
-    """New, and of this process alone, since JAX does not write its files in one piece."""
-    return tmp_path_factory.mktemp("programs")
+    """New, and of all the workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,3 +109,19 @@ def shared() -> pathlib.Path:
 def stories(shared) -> pathlib.Path:
     """stories260K: a real pretrained Llama checkpoint of 260,032 parameters."""
     return shared / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def small(stories, tmp_path_factory) -> pathlib.Path:
+    """Its first two layers, with its tokenizer: real weights that compile in less than half the time."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    folder.mkdir()
+    for file in stories.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    tensors = load_file(stories / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not re.search(r"layers\.[2-9]", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

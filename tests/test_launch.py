@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from rljax import distributed, tracking
+from tests import compiler
 from tests.distributed import cases, pair
-from tests.distributed.conftest import small  # noqa: F401  (a fixture)
 from tests.test_programs import state_bits, wait_for_record
 
 SCRIPTS = pair.ROOT / "tpu_scripts"
@@ -156,7 +156,7 @@ class Cloud:
             "PATH": f"{folder / 'path'}:{os.environ['PATH']}",
             "PYTHONPATH": str(pair.ROOT),
             "FAKE_CLOUD": str(folder),
-            "XLA_FLAGS": pair.FLAGS.format(1),
+            "XLA_FLAGS": compiler.flags(),
             "RLJAX_CACHE": str(folder.parent / "cache"),
             "JAX_ENABLE_COMPILATION_CACHE": "true",  # five starts of one program: compiled once
             "EVERY": "1",
@@ -231,7 +231,7 @@ def cloud(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(small, tmp_path_factory):  # noqa: F811
+def whole(small, tmp_path_factory):
     """(the file, the folder of its run, what the cloud was asked): begun and ended by hand, undisturbed."""
     folder = tmp_path_factory.mktemp("whole")
     file = pair.files(folder / "files", {"sft": EXPERIMENT.format(model=str(small), texts=cases.texts(folder))})["sft"]
