@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax import policy
+from rljax import filters, policy
 from rljax.checkpoint import Checkpoints
+from rljax.data import prompt_ids
 from rljax.errors import UserError
-from rljax.manifest import read_json
-from rljax.models import hf, resolve, scalar_head
+from rljax.manifest import flat, read_json
+from rljax.models import folders, hf, hf_write, resolve, scalar_head
 from rljax.types import Params
 
 
@@ -24,9 +26,7 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
     The parameters of a reward model are {"model": …, "head": …}. UserError for a folder that is no run, or has no
     checkpoint.
     """
-    experiment = read_json(pathlib.Path(run) / "experiment.json")
-    if experiment is None:
-        raise UserError(f"{run} is not the folder of a run: it has no experiment.json")
+    experiment = _record(run)
     start = policy.load(experiment["model"], dtype=experiment["dtype"])
     where, params = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
@@ -46,6 +46,19 @@ def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[polic
     return start, state, found[0]
 
 
+def _record(run: str | pathlib.Path) -> dict[str, Any]:
+    """experiment.json, as far as it is needed here."""
+    path = pathlib.Path(run) / "experiment.json"
+    experiment = read_json(path)
+    if experiment is None:
+        raise UserError(f"{run} is not the folder of a run: it has no experiment.json")
+    wanted = {"model": str, "dtype": str, "kind": str, "best_mode": str, "best": str | None}
+    wrong = [k for k, v in wanted.items() if not (isinstance(experiment, dict) and isinstance(experiment.get(k, 0), v))]
+    if wrong:
+        raise UserError(f"{path} is damaged (no {wrong[0]}); restore it from a copy")
+    return experiment
+
+
 def _place(experiment: Mapping[str, Any], params: Params) -> tuple[tuple[str, ...], Params]:
     """(the path of the weights to export within a checkpoint, their shapes)."""
     if "group" not in experiment:
@@ -60,10 +73,22 @@ def export(run: str | pathlib.Path, folder: str | pathlib.Path, *, step: int | N
 
     A reward model becomes a …ForSequenceClassification checkpoint with one label. Returns the step that was written.
     """
+    path, experiment = pathlib.Path(folder), _record(run)
+    folders.check_target(path, hf_write.OWN_FILES, reads=_folders_read(experiment, run))
     start, params, chosen = load_run(run, step=step)
     save = hf.save_reward if "head" in params else hf.save
-    save(pathlib.Path(folder), start.model, params, tokenizer=start.tokenizer)
+    save(path, start.model, params, tokenizer=start.tokenizer)
     return chosen
+
+
+def _folders_read(experiment: Mapping[str, Any], run: str | pathlib.Path) -> dict[str, pathlib.Path]:
+    """{"model": folder, …}: every folder that a run was begun with, and its own."""
+    texts = {name: json.loads(text) for name, text in flat(experiment).items()}
+    found = {
+        name: pathlib.Path(text) for name, text in texts.items() if isinstance(text, str) and text and name != "out"
+    }
+    found = {name: path for name, path in found.items() if len(str(path)) < 4000 and "\0" not in str(path)}
+    return {**found, "model": resolve.resolve(experiment["model"]), "own folder": pathlib.Path(run)}
 
 
 def sample(
@@ -76,6 +101,11 @@ def sample(
     **sampling: Any,
 ) -> list[Mapping[str, str]]:
     """[{"prompt", "completion"}, …]: what a run, a checkpoint folder or a named model makes of some prompts."""
+    new = sampling["max_new_tokens"]
+    for name, value, least in (("seed", seed, 0), ("max_new_tokens", new, 1), ("n", len(prompts), 1)):
+        if not least <= value < 2**32:
+            raise UserError(f"{name} is {value}: give a whole number from {least} to {2**32 - 1}")
+    filters.Sampling(**{name: value for name, value in sampling.items() if name != "max_new_tokens"})
     if (pathlib.Path(source) / "experiment.json").is_file():
         start, params, _ = load_run(source, step=step)
         if "head" in params:
@@ -85,6 +115,11 @@ def sample(
         now = policy.load(str(resolve.resolve(source)))
     if chat and not now.tokenizer.chat_template:
         raise UserError(f"{source} has no chat template: leave --chat out")
-    asked = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+    positions = now.model.config.max_positions
+    if new > positions:
+        raise UserError(f"max_new_tokens is {new}, and {source} has {positions} positions: ask for fewer tokens")
+    asked: list[Any] = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
+    if not all(map(len, (prompt_ids(prompt, now.tokenizer) for prompt in asked))):
+        raise UserError("an empty prompt is no token to this tokenizer: give it something to continue")
     texts = policy.complete(now, asked, jax.random.key(np.uint32(seed)), batch=len(asked), **sampling).texts
     return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]

@@ -33,6 +33,7 @@ from rljax import (
 from rljax import plan as planning
 from rljax import report as reports
 from rljax.errors import UserError
+from rljax.failures import visible
 from rljax.options import import_file, read_experiment, with_options
 
 __all__ = ["import_file", "main", "read_experiment", "run_file", "with_options"]
@@ -89,7 +90,7 @@ def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str], alone: b
         distributed.end_all(error, 130)
         if failures.wanted():
             raise
-        print(f"rljax {argv[0]}: interrupted{f' ({error})' if str(error) else ''}", file=sys.stderr)
+        print(f"rljax {argv[0]}: interrupted{f' ({visible(str(error))})' if str(error) else ''}", file=sys.stderr)
         return 130
 
 
@@ -214,6 +215,8 @@ def sample(argv: Sequence[str]) -> int:
         if not prompt:
             raise UserError('give something to continue: --prompt "Once upon a time"')
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if not 1 <= n <= 10_000:
+            raise UserError(f"--n is how many continuations of each prompt: 1 to 10000, not {n}")
         prompts = [text for text in prompt for _ in range(n)]
         rows = artefacts.sample(source, prompts, chat=chat, seed=seed, step=step, **sampling)
         Console().print(progress.sample_table(rows, limit=2000))
@@ -234,7 +237,7 @@ def export(argv: Sequence[str]) -> int:
             step: which checkpoint (the best, else the last)
         """
         written = artefacts.export(run, folder, step=step)
-        print(f"{folder}: the weights of step {written} of {run}")
+        print(visible(f"{folder}: the weights of step {written} of {run}"))
         return 0
 
     return tyro.cli(command, args=list(argv), prog="rljax export")
@@ -260,11 +263,11 @@ def report(argv: Sequence[str]) -> int:
             interval: of a group: the 95% confidence interval of its mean, or its range
         """
         if len(runs) == 1 and [out, metrics, ignore] == [None, "", ""]:
-            print(reports.write_report(runs[0]))
+            print(visible(str(reports.write_report(runs[0]))))
         else:
             named = {"metrics": metrics, "ignore": ignore}
             lists = {key: [name.strip() for name in text.split(",") if name.strip()] for key, text in named.items()}
-            print(compare.write(runs, out=out, interval=interval, **lists))
+            print(visible(str(compare.write(runs, out=out, interval=interval, **lists))))
         return 0
 
     return tyro.cli(command, args=list(argv), prog="rljax report")

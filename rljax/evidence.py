@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rljax.errors import UserError
+from rljax.failures import visible
 from rljax.iteration import Trace
 from rljax.objectives import clipped_tokens
 from rljax.tracking import read_rows
@@ -112,7 +113,7 @@ def _heading(record: Mapping[str, Any]) -> Text:
     parts = ", ".join(f"{name} {_cell(value)}" for name, value in record["rewards"].items())
     end = "ended by itself" if record["finished"] else "cut off"
     head = f"step {record['step']}, row {record['row']}: score {_cell(record['score'])} ({parts}), {end}"
-    return Text.assemble((head, "bold"), "\n", (record["prompt"], "dim"))
+    return Text.assemble((visible(head), "bold"), "\n", (visible(record["prompt"]), "dim"))
 
 
 def _table(record: Mapping[str, Sequence[Any]]) -> Table:

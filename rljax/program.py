@@ -116,7 +116,7 @@ def _check_optimizer(run: Run, updates: int) -> None:
     """Raise UserError for a schedule or an optimizer that does not make what an update needs."""
     try:
         schedule = run.schedule(run.learning_rate, updates)
-        rates = [float(schedule(step)) for step in (0, updates // 2, updates - 1)]
+        rates = [float(np.asarray(schedule(step))) for step in (0, updates // 2, updates - 1)]
     except TypeError as error:
         raise UserError(
             "schedule is a function (peak, steps) -> optax schedule, such as rljax.train.cosine or "
@@ -301,4 +301,23 @@ def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Trac
 
 
 def run_folder(run: Run, file: str | pathlib.Path | None) -> pathlib.Path:
-    return pathlib.Path(run.out) / (run.name or (pathlib.Path(file).stem if file else type(run).__name__.lower()))
+    """Where a run writes. UserError for a name that leads out of `out`, by itself or over a link."""
+    default = pathlib.Path(file).stem if file else type(run).__name__.lower()
+    out, name = pathlib.Path(run.out), default if run.name is None else run.name
+    parts = pathlib.PurePath(name).parts
+    if not parts or pathlib.PurePath(name).is_absolute() or ".." in parts or not name.isprintable():
+        raise UserError(
+            f"name={name!r} must be the name of a folder in {out}, such as {default!r}; `out` says where that is"
+        )
+    folder = out / name
+    if not folder.resolve().is_relative_to(out.resolve()):
+        raise UserError(
+            f"{folder} is a link to {folder.resolve()}, outside of {out}: give --out {folder.resolve().parent} "
+            f"--name {folder.resolve().name}, or another name"
+        )
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(
+                f"{place} is a file, and a run's folder would have to be there: give another --out or --name"
+            )
+    return folder

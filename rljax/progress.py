@@ -21,6 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from rljax.failures import visible
+
 # Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets, by the start of `device.device_kind`; the
 # longest matching start counts. A TPU v7x chip shows as two devices.
 PEAK_FLOPS: dict[str, float] = {
@@ -132,7 +134,7 @@ class Line:
 
     def status(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(Text(text))
+        self.console.print(Text(visible(text)))
 
     @contextlib.contextmanager
     def phase(self, text: str) -> Iterator[None]:
@@ -144,7 +146,7 @@ class Line:
 
     def update(self, step: int, values: Mapping[str, float | None], timing: Mapping[str, float]) -> None:
         """Show the values of `step`. timing: seconds (of one step), tokens_per_second and mfu, as far as known."""
-        text = self._text(step, values, timing)
+        text = visible(self._text(step, values, timing))
         if self._bar is not None:
             self._bar.start()
             self._bar.update(self._task, completed=step, description=text)
@@ -190,13 +192,17 @@ def _said(message: Mapping[str, Any]) -> str:
 
 
 def sample_table(rows: Sequence[Mapping[str, Any]], *, title: str = "", limit: int = 280) -> Table:
-    """Texts are shown as they are (no markup), cut in the middle where they are longer than `limit` characters."""
+    """Texts are shown as they are (no markup, and nothing that steers the terminal), cut in the middle where they are
+    longer than `limit` characters.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title=Text(title) if title else None, show_lines=True)
+    table = Table(title=Text(visible(title)) if title else None, show_lines=True)
     for name in names:
-        table.add_column(Text(name), overflow="fold", ratio=4 if name in ("prompt", "completion") else None)
+        table.add_column(
+            Text(visible(str(name))), overflow="fold", ratio=4 if name in ("prompt", "completion") else None
+        )
     for row in rows:
-        table.add_row(*(Text(_cell(row.get(name), limit)) for name in names))
+        table.add_row(*(Text(visible(_cell(row.get(name), limit))) for name in names))
     return table
 
 

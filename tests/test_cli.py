@@ -6,6 +6,7 @@ import functools
 import pytest
 
 from rljax import cli, losses, offline, presets, program, sharding
+from rljax.errors import UserError
 
 DPO = offline.Preference(model="m", data="d.jsonl", loss=functools.partial(losses.dpo_loss, beta=0.1))
 
@@ -35,6 +36,14 @@ def test_fields_and_keyword_arguments_are_options():
     assert changed.schedule.keywords["warmup"] == 3
     assert changed.optimizer.keywords["b2"] == 0.9
     assert cli.with_options(DPO, []) == DPO
+
+
+def test_a_field_of_several_values_is_an_option_too():
+    run = presets.grpo(model="m", data="d.jsonl", reward=len)
+    assert cli.with_options(run, ["--stop", "###", "\n"]).stop == ("###", "\n")
+    stopped = dataclasses.replace(run, stop=("###",))
+    assert cli.with_options(stopped, []).stop == ("###",)
+    assert cli.with_options(stopped, ["--stop"]).stop == ()
 
 
 def test_a_whole_number_default_may_become_a_fraction_and_zero_stays_zero():
@@ -87,6 +96,30 @@ def test_unknown_options_are_errors(option, capsys):
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         program.check_settings(dataclasses.replace(DPO, **change))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/tmp/x", ".", "", "..", "a\nb", "a\x1b[2J", "link", "link/deeper"]
+)
+def test_a_name_that_leads_out_of_the_runs_is_refused(name, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    run = dataclasses.replace(DPO, out=str(tmp_path / "runs"), name=name)
+    with pytest.raises(UserError, match=r"must be the name of a folder|is a link to .*elsewhere"):
+        program.run_folder(run, "x.py")
+
+
+def test_a_name_may_be_a_folder_deeper_and_out_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    for name, folder in (("a", "a"), ("group/a", "group/a"), (None, "x")):
+        run = dataclasses.replace(DPO, out=str(tmp_path / "runs"), name=name)
+        assert program.run_folder(run, "x.py") == tmp_path / "runs" / folder
+    (tmp_path / "runs" / "a").write_text("")
+    for change in ({"name": "a"}, {"name": "a/b"}, {"out": str(tmp_path / "runs" / "a")}):
+        with pytest.raises(UserError, match="is a file"):
+            program.run_folder(dataclasses.replace(run, **change), "x.py")
 
 
 def test_a_batch_that_does_not_fit_the_mesh_is_refused():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.errors import UserError
-from rljax.models import hf_read, hf_write
+from rljax.models import folders, hf_read, hf_write, spellings, tokenizer_files
 from rljax.models.config import COMPUTED, ModelConfig, Rope
 from rljax.models.families import FAMILIES, Family, family_of, model_config
 from rljax.models.hf_read import NOTE, Checkpoint
@@ -190,15 +190,15 @@ def _write(
         hf_write.write_tensors(folder, tensors)
         if folder is None:
             return
-        hf_write.write_json(folder / "config.json", _config_json(source, leaves["embed/tokens"].dtype))
+        hf_write.write_json(folder / "config.json", spellings.both(_config_json(source, leaves["embed/tokens"].dtype)))
         if "generation_config" in note:
             hf_write.write_json(folder / "generation_config.json", note["generation_config"])
         if tokenizer is not None:
-            hf_write.write_tokenizer(folder, tokenizer)
+            tokenizer_files.write_tokenizer(folder, tokenizer)
 
     if first:
-        hf_write.check_target(path)
-        hf_write.replace_folder(path, fill)
+        folders.check_target(path, hf_write.OWN_FILES)
+        folders.replace_folder(path, fill)
     else:
         fill(None)
     if jax.process_count() > 1:

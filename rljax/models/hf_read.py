@@ -59,6 +59,7 @@ def open_checkpoint(path: pathlib.Path) -> Checkpoint:
 
 def described(source: dict[str, Any], where: str) -> tuple[Family, dict[str, Any]]:
     """(family, the config of its text decoder) of a config.json."""
+    _refuse_quantised(source, where)
     try:
         family = family_of(_architecture(source))
     except ValueError as error:
@@ -67,6 +68,19 @@ def described(source: dict[str, Any], where: str) -> tuple[Family, dict[str, Any
         text = {**source["text_config"], "architectures": [_text_twin(family).architecture]}
         source = {"model_type": family.model_type, **text, NOTE: source.get(NOTE, {})}
     return family, source
+
+
+def _refuse_quantised(source: Mapping[str, Any], where: str) -> None:
+    """What is trained and exported here are the stored tensors; with such a config transformers opens others."""
+    for config in (source, source.get("text_config")):
+        given = config.get("quantization_config") if isinstance(config, Mapping) else None
+        if given:
+            method = given.get("quant_method", "no quant_method") if isinstance(given, Mapping) else given
+            raise UserError(
+                f"{where} has a quantization_config ({method}): weights are read as they are stored, float32, bfloat16 "
+                "or float16. Use the unquantised checkpoint; if these tensors are its weights, delete that entry, or "
+                "transformers would quantise what is exported from them."
+            )
 
 
 def config_of(source: dict[str, Any], where: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: the stored tensors from the leaves, in shards, atomically.
+"""Writing a checkpoint's files: the stored tensors from the leaves, in shards.
 
 Leaves are gathered one layer at a time; with several processes all of them gather and the first one writes.
 """
@@ -7,37 +7,21 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from rljax.errors import UserError
+from rljax.models.folders import MARK
 from rljax.models.hf_read import Target, causal, flat
 from rljax.models.tensors import axes_of, join_parts
+from rljax.models.tokenizer_files import TOKENIZER_FILES
 from rljax.types import Params
 
 SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates",
-)
-_OWN_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json")
+OWN_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors.index.json")
 Tensor = tuple[str, int, Callable[[], np.ndarray]]  # name, bytes, and how to get it
 
 
@@ -92,10 +76,10 @@ def write_tensors(folder: pathlib.Path | None, tensors: list[Tensor]) -> None:
     places: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: get() for name, _, get in shard}
+        arrays = {name: np.asarray(get(), order="C") for name, _, get in shard}  # safetensors 0.8 ignores strides
         places |= dict.fromkeys(arrays, file)
         if folder:
-            save_file(arrays, folder / file, metadata={"format": "pt"})
+            save_file(arrays, folder / file, metadata=MARK)
             (folder / file).chmod(0o644)  # safetensors writes files that only their owner can read
     if folder and len(shards) > 1:
         total = sum(size for _, size, _ in tensors)
@@ -104,48 +88,3 @@ def write_tensors(folder: pathlib.Path | None, tensors: list[Tensor]) -> None:
 
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_tokenizer(folder: pathlib.Path, tokenizer: Any) -> None:
-    """A tokenizer object, or the files of a folder that has one."""
-    if not isinstance(tokenizer, str | os.PathLike):
-        tokenizer.save_pretrained(folder)
-        return
-    source = pathlib.Path(tokenizer)
-    files = [source / name for name in TOKENIZER_FILES if (source / name).exists()]
-    if not files:
-        raise UserError(f"tokenizer={str(source)!r} has no tokenizer files; give a folder that does, or a tokenizer.")
-    for file in files:
-        (shutil.copytree if file.is_dir() else shutil.copy)(file, folder / file.name)
-
-
-def check_target(path: pathlib.Path) -> None:
-    """An export may replace an export, and nothing else."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file; save writes a folder.")
-    foreign = [
-        file.name
-        for file in (path.iterdir() if path.exists() else ())
-        if file.name not in _OWN_FILES and not (file.name.startswith("model") and file.suffix == ".safetensors")
-    ]
-    if foreign:
-        raise UserError(
-            f"{path} is not empty and holds {sorted(foreign)[0]!r}, which is no part of a saved model; save to a new "
-            "folder (a folder that holds nothing but an earlier export is replaced)."
-        )
-
-
-def replace_folder(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Fill a folder beside `path`, then put it in its place: whatever happens, `path` is never half a model."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    try:
-        new, old = temporary / "new", temporary / "old"
-        new.mkdir()
-        fill(new)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

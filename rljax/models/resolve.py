@@ -248,7 +248,7 @@ def convert(gguf_file: pathlib.Path, folder: pathlib.Path, made_of: str = "") ->
 
     made_of: what `origin` says of the folder; what it says of the file, if it is left out.
     """
-    from rljax.models import gguf, hf_write
+    from rljax.models import folders, gguf, hf_write, tokenizer_files
     from rljax.models.hf_read import whole
 
     source, store = gguf.open_gguf(gguf_file)
@@ -258,23 +258,23 @@ def convert(gguf_file: pathlib.Path, folder: pathlib.Path, made_of: str = "") ->
 
     def fill(new: pathlib.Path) -> None:
         hf_write.write_tensors(new, tensors)
-        hf_write.write_tokenizer(new, gguf.read_tokenizer(gguf_file))
+        tokenizer_files.write_tokenizer(new, gguf.read_tokenizer(gguf_file))
         hf_write.write_json(new / "generation_config.json", generation)
         hf_write.write_json(new / "config.json", source)
         if said:
             hf_write.write_json(new / ORIGIN, {"origin": said})
 
-    hf_write.replace_folder(folder, fill)
+    folders.replace_folder(folder, fill)
 
 
 def copy(checkpoint: pathlib.Path, folder: pathlib.Path) -> None:
     """A checkpoint's folder as it is, atomically."""
-    from rljax.models import hf_write
+    from rljax.models import folders
 
     def fill(new: pathlib.Path) -> None:
         shutil.copytree(checkpoint, new, dirs_exist_ok=True)
 
-    hf_write.replace_folder(folder, fill)
+    folders.replace_folder(folder, fill)
 
 
 def _count(shape: Iterable[int]) -> int:

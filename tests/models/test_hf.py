@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax.models import ModelConfig, build, hf, hf_read, hf_write
+from rljax.models import ModelConfig, build, hf, hf_read, hf_write, spellings, tokenizer_files
 from rljax.models.tensors import open_safetensors
 from rljax.sharding import make_mesh
 from tests.models.folders import config_of, contents, edit, rewrite, same, tensors_of
@@ -25,7 +25,7 @@ def test_save_gives_back_what_was_loaded(name, tmp_path):
     model, params = hf.load(FOLDER / name)
     hf.save(tmp_path / "out", model, params)
     assert contents(tmp_path / "out") == contents(FOLDER / name)
-    assert config_of(tmp_path / "out") == config_of(FOLDER / name)
+    assert config_of(tmp_path / "out") == spellings.both(config_of(FOLDER / name))
     generation = "generation_config.json"
     assert json.loads((tmp_path / "out" / generation).read_text()) == json.loads(
         (FOLDER / name / generation).read_text()
@@ -245,6 +245,59 @@ def test_tokenizers_are_saved_from_objects_and_folders(stories, tmp_path):
     for folder in ("object", "folder"):
         assert load_tokenizer(tmp_path / folder)("Once upon a time") == tokenizer("Once upon a time")
     assert (tmp_path / "folder" / "tokenizer.json").read_bytes() == (stories / "tokenizer.json").read_bytes()
+
+
+def test_an_unchanged_tokenizer_is_handed_over_file_by_file_and_a_changed_one_without_truncation(stories, tmp_path):
+    """What transformers 5 saves (TokenizersBackend, is_local) does not open in transformers 4."""
+    from rljax.models.resolve import load_tokenizer
+
+    tokenizer = load_tokenizer(stories)
+    tokenizer("Once upon a time", truncation=True, max_length=2, padding="max_length")  # as some reward has called it
+    for folder in ("same", "changed"):
+        (tmp_path / folder).mkdir()
+    tokenizer_files.write_tokenizer(tmp_path / "same", tokenizer)
+    for file in tokenizer_files.files_of(stories):
+        assert (tmp_path / "same" / file.name).read_bytes() == file.read_bytes()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer_files.write_tokenizer(tmp_path / "changed", tokenizer)
+    written = json.loads((tmp_path / "changed" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|im_end|>"]
+    assert not {"is_local", "backend", "extra_special_tokens", "local_files_only"} & set(written)
+    saved = json.loads((tmp_path / "changed" / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+    again = load_tokenizer(tmp_path / "changed")
+    assert again("a time <|im_end|>")["input_ids"][-1] == 512
+    assert again.eos_token == "</s>"
+    assert tokenizer.backend_tokenizer.truncation is not None  # the caller's own is left as it was
+
+
+def test_rotary_settings_have_the_names_of_transformers_4_too():
+    """4 would take a base of 10,000 and no scaling, without a word; 5 reads the same from both."""
+    plain = {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
+    assert spellings.both(plain) == {**plain, "rope_theta": 1e5, "rope_scaling": None}
+    linear = {"rope_parameters": {"rope_type": "linear", "rope_theta": 50.0, "factor": 3.0}}
+    assert spellings.both(linear)["rope_scaling"] == {"rope_type": "linear", "factor": 3.0}
+    neox = spellings.both(
+        {"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}}
+    )
+    assert (neox["rotary_emb_base"], neox["rotary_pct"]) == (9.0, 0.5)
+    both = {"full_attention": {"rope_theta": 7.0}, "sliding_attention": {"rope_theta": 5.0}}
+    gemma = spellings.both({"model_type": "gemma3_text", "rope_parameters": both})
+    assert (gemma["rope_theta"], gemma["rope_local_base_freq"]) == (7.0, 5.0)
+    for left in ({}, {"rope_parameters": {}}, {"rope_theta": 3.0, "rope_parameters": {"rope_theta": 3.0}}):
+        assert spellings.both(left) == left
+
+
+def test_tensors_are_written_as_they_are_whatever_their_layout_in_memory(copy, tmp_path, monkeypatch):
+    """A device may keep them by columns, and safetensors 0.8 ignores strides; the tied matrix and buffers too."""
+    folder = copy("llama_biases")
+    rewrite(folder, old_llama(folder))
+    model, params = hf.load(folder)
+    plain = hf_write.gather
+    monkeypatch.setattr(hf_write, "gather", lambda array: np.asfortranarray(plain(array)))
+    hf.save(tmp_path / "out", model, params)
+    assert contents(tmp_path / "out") == contents(folder)
 
 
 # --- reward models ----------------------------------------------------------------------------------------------------

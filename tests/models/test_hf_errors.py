@@ -22,6 +22,15 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 BREAKS = {
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "bad JSON": (lambda f: (f / "config.json").write_text('{"a": 1,}'), r"config\.json is not valid JSON.*line 1"),
+    "a folder": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), r"config\.json cannot be read"),
+    "nested": (lambda f: (f / "config.json").write_text("[" * 100_000), r"config\.json is not valid JSON"),
+    **{
+        method: (
+            lambda f, m=method: edit(f, quantization_config={"quant_method": m}),
+            rf"quantization_config \({method}",
+        )
+        for method in ("gptq", "awq", "bitsandbytes", "fp8")
+    },
     "not an object": (lambda f: (f / "config.json").write_text("[1]"), "a JSON list"),
     "unknown architecture": (
         lambda f: edit(f, architectures=["MambaForCausalLM"]),
