@@ -167,7 +167,7 @@ def _notes(groups: Sequence[runs.Group]) -> list[str]:
 
 
 def _result(groups: Sequence[runs.Group], metric: str, interval: str) -> Mapping[str, Any]:
-    """A metric's row: its last and best mean in every group."""
+    """A metric's row: its mean at the end, and its best on the way, in every group."""
     definition, better = define(metric), _better(metric)
     meaning = definition.text + (f" [{definition.unit}]" if definition.unit else "") if definition else ""
     cells = []
@@ -177,10 +177,11 @@ def _result(groups: Sequence[runs.Group], metric: str, interval: str) -> Mapping
             cells.append({"value": None})
             continue
         band, n = runs.band(found.values, interval), len(found.values)
+        end = runs.band(_settled(metric, found.values), interval)
         cells.append(
             {
-                "value": _finite(band.mean[-1]),
-                "text": _with_interval(band, n, interval),
+                "value": _finite(end.mean[-1]),
+                "text": _with_interval(end, n, interval),
                 "step": int(found.steps[-1]),
                 "n": n,
                 "best": _best(found.steps, band.mean, better),
@@ -196,10 +197,19 @@ def _with_interval(band: runs.Band, n: int, interval: str) -> str:
         return show(mean)
     if interval == "range":
         return f"{show(mean)} ({show(low)} to {show(high)})"
-    digits = 1 - int(np.floor(np.log10(high - mean))) if high > mean else 9
-    if not 0 <= digits <= 5 or abs(mean) >= 1e5:
-        return f"{show(mean)} ± {high - mean:.2g}"
-    return f"{mean:.{digits}f} ± {high - mean:.{digits}f}"
+    spread = high - mean
+    digits = max(0, 1 - int(np.floor(np.log10(spread)))) if spread > 0 else 9
+    if digits > 5 or max(abs(mean), spread) >= 1e5:
+        return f"{show(mean)} ± {show(spread)}"
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
+def _settled(metric: str, values: np.ndarray) -> np.ndarray:
+    """The end of each run's curve, [n 1] of [n steps]: its last point where that is a whole evaluation; else the mean of
+    its last tenth, since a point of training is one minibatch.
+    """
+    points = 1 if metric.startswith("eval/") else max(1, values.shape[1] // 10)
+    return values[:, -points:].mean(axis=1, keepdims=True)
 
 
 def _best(steps: np.ndarray, mean: np.ndarray, better: str) -> Mapping[str, Any] | None:
@@ -220,7 +230,7 @@ def _runs(groups: Sequence[runs.Group], shown: Sequence[str]) -> Mapping[str, An
     rows = []
     for index, group in enumerate(groups):
         for run in group.runs:
-            last = {name: value for row in run.metrics for name, value in row.items() if value is not None}
+            last = {name: _last(run, name) for name in wanted}
             speeds = [row["seconds"] for row in run.timing if "seconds" in row]
             rows.append(
                 {
@@ -231,7 +241,7 @@ def _runs(groups: Sequence[runs.Group], shown: Sequence[str]) -> Mapping[str, An
                     "step": run.step,
                     "steps": run.steps,
                     "seconds": float(np.median(speeds)) if speeds else None,
-                    "values": [last.get(name) for name in wanted],
+                    "values": list(last.values()),
                 }
             )
     return {"metrics": wanted, "rows": rows}
@@ -239,6 +249,12 @@ def _runs(groups: Sequence[runs.Group], shown: Sequence[str]) -> Mapping[str, An
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _last(run: runs.Run, name: str) -> float | None:
+    """As `_settled`, of one run; None where it has no such value."""
+    values = [row[name] for row in run.metrics if row.get(name) is not None]
+    return float(_settled(name, np.asarray([values]))[0, 0]) if values else None
 
 
 def show(value: float | None) -> str:

@@ -123,6 +123,36 @@ def test_the_mean_and_its_intervals_by_hand(six):
     assert (cell["value"], cell["step"], cell["n"]) == (3, 3, 3)
     assert cell["best"] == {"value": 3, "text": "3 at 3"}
     assert compare._result([low], "objective/scores", "range")["cells"][0]["text"] == "3 (1 to 6)"
+
+
+@pytest.mark.parametrize(
+    ("mean", "spread", "text"),
+    [
+        (108.8, 108.3, "109 ± 108"),
+        (5.08, 1.71, "5.1 ± 1.7"),
+        (0.5, 0.0123, "0.500 ± 0.012"),
+        (2.0, 0.0, "2 ± 0"),
+        (3e5, 2e5, "300k ± 200k"),
+    ],
+)
+def test_intervals_are_plain_numbers(mean, spread, text):
+    band = runs.Band(*(np.array([x]) for x in (mean, mean - spread, mean + spread)))
+    assert compare._with_interval(band, 3, "confidence") == text
+
+
+def test_a_column_of_training_is_not_one_minibatch(tmp_path):
+    """The last tenth of 40 steps, 37 to 40; of an evaluation, which is whole, the last one alone."""
+    for seed in range(2):
+        write_run(
+            tmp_path / f"a_{seed}",
+            [{"step": k, "loss": float(k + seed), "eval/loss": float(k)} for k in range(1, 41)],
+            seed=seed,
+        )
+    (group,) = grouped(tmp_path)
+    training, held_out = (compare._result([group], name, "range")["cells"][0] for name in ("loss", "eval/loss"))
+    assert (training["value"], training["step"]) == (39.0, 40)
+    assert held_out["value"] == 40.0
+    assert sorted(compare._last(run, "loss") for run in group.runs) == [38.5, 39.5]
     assert compare._result([high], "objective/scores", "confidence")["cells"][0]["best"]["text"] == "0.5 at 2"
     assert compare._result([high], "objective/kl", "confidence")["cells"][0]["best"] is None  # neither way is better
 
