@@ -205,8 +205,8 @@ def _with_interval(band: runs.Band, n: int, interval: str) -> str:
 
 
 def _settled(metric: str, values: np.ndarray) -> np.ndarray:
-    """The end of each run's curve, [n 1] of [n steps]: its last point where that is a whole evaluation; else the mean of
-    its last tenth, since a point of training is one minibatch.
+    """The end of each curve, [n 1] of [n steps]: its last point if that is a whole evaluation, else the mean of its
+    last tenth, since a point of training is one minibatch.
     """
     points = 1 if metric.startswith("eval/") else max(1, values.shape[1] // 10)
     return values[:, -points:].mean(axis=1, keepdims=True)
