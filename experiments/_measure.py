@@ -4,9 +4,9 @@
     python experiments/_measure.py ppo_tiny rloo --model path/to/stories260K
     python experiments/_measure.py dpo_sentiment --seeds 0 1 2 3 4
 
-Each seed is a run of the file from the command line. The record, `experiments/measured/NAME.json`, holds the command, the
-commit, versions, machine, seconds and values; the table in the docstring is made of it, so that nothing there is older
-than the record says.
+Each seed is a run of the file from the command line. The record, `experiments/measured/NAME.json`, holds the command,
+the commit, versions, machine, seconds and values; the table in the docstring is made of it, so that nothing there is
+older than the record says.
 """
 
 from __future__ import annotations
