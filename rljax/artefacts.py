@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from rljax import filters, policy
+from rljax import filters, policy, sharding
 from rljax.checkpoint import Checkpoints
 from rljax.data import prompt_ids
 from rljax.errors import UserError
@@ -19,24 +20,38 @@ from rljax.models import folders, hf, hf_write, resolve, scalar_head
 from rljax.types import Params
 
 
-def load_run(run: str | pathlib.Path, *, step: int | None = None) -> tuple[policy.Policy, Params, int]:
+def load_run(
+    run: str | pathlib.Path, *, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[policy.Policy, Params, int]:
     """(the policy as it began, the run's parameters, their step): of the best checkpoint, or the last where none is
     best. Of an online run they are the policy's, averaged over the run where it keeps an average (`ema`).
 
-    The parameters of a reward model are {"model": …, "head": …}. UserError for a folder that is no run, or has no
-    checkpoint.
+    The parameters of a reward model are {"model": …, "head": …}. mesh: where all of them go, by `models.RULES`; every
+    process of it calls this. None is the mesh that is set, as in a run, or one device of this process where none is.
+    UserError for a folder that is no run, or has no checkpoint.
     """
+    start, params, found = open_run(run, step=step, mesh=mesh)
     experiment = _record(run)
-    start = policy.load(experiment["model"], dtype=experiment["dtype"])
-    where, params = _place(experiment, start.params)
+    initial = policy.load(experiment["model"], mesh=mesh, dtype=experiment["dtype"]).params
+    return start._replace(params=initial), params, found
+
+
+def open_run(
+    run: str | pathlib.Path, *, step: int | None = None, mesh: Mesh | None = None
+) -> tuple[policy.Policy, Params, int]:
+    """As `load_run`, with only the run's own parameters read: of those that it began with there are shapes."""
+    experiment = _record(run)
+    mesh = sharding.mesh_here() if mesh is None else mesh
+    start = policy.abstract(experiment["model"], mesh=mesh, dtype=experiment["dtype"])
+    where, like = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
-        params = {"model": params, "head": scalar_head(start.model.config.hidden_size).init(jax.random.key(0))}
-    like: Any = jax.eval_shape(lambda: params)
+        head = jax.eval_shape(scalar_head(start.model.config.hidden_size).init, jax.random.key(0))
+        like = hf.placed({"model": like, "head": head}, mesh)
     for name in reversed(where):
         like = {name: like}
     folder = pathlib.Path(run) / "checkpoints"
     ranked = {"best_metric": experiment["best"], "best_mode": experiment["best_mode"]}
-    with Checkpoints(folder, read_only=True, **ranked) as checkpoints:
+    with Checkpoints(folder, read_only=True, alone=mesh is None, **ranked) as checkpoints:
         found = [candidate for candidate in (step, checkpoints.best(), checkpoints.latest()) if candidate is not None]
         if not found:
             raise UserError(f"{folder} has no finished checkpoint yet")
@@ -59,6 +74,11 @@ def _record(run: str | pathlib.Path) -> dict[str, Any]:
     return experiment
 
 
+def _everywhere() -> Mesh | None:
+    """A mesh of all devices, over which weights are split that one device need not have room for; None for one."""
+    return sharding.make_mesh() if len(jax.devices()) > 1 else None
+
+
 def _place(experiment: Mapping[str, Any], params: Params) -> tuple[tuple[str, ...], Params]:
     """(the path of the weights to export within a checkpoint, their shapes)."""
     if "group" not in experiment:
@@ -72,10 +92,11 @@ def export(run: str | pathlib.Path, folder: str | pathlib.Path, *, step: int | N
     """Write a Hugging Face checkpoint of a run's best (or last, or `step`'s) weights: config, safetensors, tokenizer.
 
     A reward model becomes a …ForSequenceClassification checkpoint with one label. Returns the step that was written.
+    Of several processes all call it, and the first writes.
     """
     path, experiment = pathlib.Path(folder), _record(run)
     folders.check_target(path, hf_write.OWN_FILES, reads=_folders_read(experiment, run))
-    start, params, chosen = load_run(run, step=step)
+    start, params, chosen = open_run(run, step=step, mesh=_everywhere())
     save = hf.save_reward if "head" in params else hf.save
     save(path, start.model, params, tokenizer=start.tokenizer)
     return chosen
@@ -107,12 +128,12 @@ def sample(
             raise UserError(f"{name} is {value}: give a whole number from {least} to {2**32 - 1}")
     filters.Sampling(**{name: value for name, value in sampling.items() if name != "max_new_tokens"})
     if (pathlib.Path(source) / "experiment.json").is_file():
-        start, params, _ = load_run(source, step=step)
+        start, params, _ = open_run(source, step=step, mesh=_everywhere())
         if "head" in params:
             raise UserError(f"{source} trained a reward model, which scores texts and does not write any")
         now = start._replace(params=params)
     else:
-        now = policy.load(str(resolve.resolve(source)))
+        now = policy.load(str(resolve.resolve(source)), mesh=_everywhere())
     if chat and not now.tokenizer.chat_template:
         raise UserError(f"{source} has no chat template: leave --chat out")
     positions = now.model.config.max_positions

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from rljax import sharding
 from rljax.errors import UserError
 
 log = logging.getLogger("rljax")
@@ -61,8 +62,11 @@ class Checkpoints:
         best_metric: str | None = None,
         best_mode: Literal["min", "max"] = "min",
         read_only: bool = False,
+        alone: bool = False,
     ):
-        """`read_only` never writes or cleans: for looking into a run that may still be going on."""
+        """`read_only` never writes or cleans: for looking into a run that may still be going on. `alone`: of several
+        processes this one looks by itself, and waits for no other.
+        """
         if keep < 1:
             raise UserError(f"keep={keep} would keep no checkpoint to resume from; use 1 or more")
         if best_mode not in ("min", "max"):
@@ -72,9 +76,12 @@ class Checkpoints:
         self._scores: dict[int, float] = {}  # lower is better
         self._records = _scan(self.folder, {})
         self._rank()
+        me = jax.process_index()
+        waits = ocp.options.MultiprocessingOptions(me, {me}) if alone else ocp.options.MultiprocessingOptions()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
+                multiprocessing_options=waits,
                 read_only=read_only,
                 create=False,
                 cleanup_tmp_directories=not read_only,
@@ -128,8 +135,9 @@ class Checkpoints:
     def restore(self, step: int, like: Any, *, partial: bool = False) -> tuple[Any, dict[str, Any]]:
         """(state, extra) of checkpoint `step`, shaped and placed as the (abstract) arrays of `like` say.
 
-        like: leaves with shape, dtype and sharding, as jax.ShapeDtypeStruct has; without a sharding a leaf goes to the
-        first device. Nothing is ever cast. partial: `like` may hold a part of what was saved, e.g. the params alone.
+        like: leaves with shape, dtype and sharding, as jax.ShapeDtypeStruct has; without a sharding a leaf goes to this
+        process's first device. The mesh that is set does not matter. Nothing is ever cast. partial: `like` may hold a
+        part of what was saved, e.g. the params alone.
         """
         record = self._record(step)
         wanted = _flatten(like)
@@ -344,9 +352,9 @@ def _data(leaf: jax.Array) -> jax.Array:
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:
     """What Orbax reads: for random keys, the words that they are made of."""
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place)
 
 
 def _typed(path: str, arrays: Mapping[str, jax.Array], leaf: Any, saved: Mapping[str, Any]) -> jax.Array:
@@ -368,8 +376,9 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _add_checksums(described: dict[str, dict[str, Any]], leaves: Mapping[str, jax.Array]) -> None:
-    for path, leaf in leaves.items():  # one after the other: on many CPU devices, several sums can starve each other
-        described[path]["checksum"] = int(_checksum(_data(leaf)))
+    with sharding.unset():  # a leaf need not be on the mesh that is set
+        for path, leaf in leaves.items():  # one by one: on many CPU devices, several sums can starve each other
+            described[path]["checksum"] = int(_checksum(_data(leaf)))
 
 
 def _compare(path: epath.Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], partial: bool) -> None:

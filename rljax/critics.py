@@ -34,7 +34,7 @@ def load(run: Any, start: policy.Policy, mesh: Mesh) -> Critic | None:
         head = models.scalar_head(start.model.config.hidden_size).init(jax.random.key(run.seed))
         return Critic(start.model, {"model": start.params, "head": jax.tree.map(jnp.zeros_like, head)})
     if (pathlib.Path(run.critic) / "experiment.json").is_file():
-        begun, params, _ = artefacts.load_run(run.critic)
+        begun, params, _ = artefacts.open_run(run.critic, mesh=mesh)
         model = begun.model
         if "head" not in params:
             raise UserError(f"critic={run.critic!r} is a run that trained no reward model")

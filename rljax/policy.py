@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,9 +32,22 @@ class Completions(NamedTuple):
 
 
 def load(name: str, *, mesh: Any = None, dtype: Any = None) -> Policy:
-    """Read a checkpoint folder, or a name that resolves to one (see `models.resolve`), with its tokenizer."""
+    """Read a checkpoint folder, or a name that resolves to one (see `models.resolve`), with its tokenizer.
+
+    mesh: None is the mesh that is set, as in a run, or one device where none is.
+    """
     path = resolve.resolve(name)
-    model, params = hf.load(path, mesh=mesh, dtype=dtype)
+    model, params = hf.load(path, mesh=sharding.mesh_here() if mesh is None else mesh, dtype=dtype)
+    return _with_tokenizer(path, model, params)
+
+
+def abstract(name: str, *, mesh: Any = None, dtype: Any) -> Policy:
+    """The same without its weights: of those it has shapes, with the shardings that a mesh implies."""
+    path = resolve.resolve(name)
+    return _with_tokenizer(path, *hf.abstract(path, mesh=mesh, dtype=dtype))
+
+
+def _with_tokenizer(path: pathlib.Path, model: LanguageModel, params: Params) -> Policy:
     tokenizer = resolve.load_tokenizer(path)
     return Policy(model, params, tokenizer, tuple(resolve.generation_stop_ids(path, tokenizer)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -166,6 +167,17 @@ def batch_shardings(batch: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*axes))
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def mesh_here() -> Mesh | None:
+    """The mesh that is set (`jax.set_mesh`); None where none is."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def unset() -> contextlib.AbstractContextManager[Any]:
+    """Within it no mesh is set: what is computed runs where its arrays are, on one device if they are new."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
 
 
 def constrain(x: Array, *axes: str | tuple[str, ...] | None) -> Array:

@@ -515,7 +515,8 @@ def test_a_critic_from_a_reward_model(settings, stories, tmp_path):
     common = settings(tmp_path, name="trained", data=str(data.write_jsonl(tmp_path / "pairs.jsonl", pairs)), steps=2)
     offline_fields = {field.name for field in dataclasses.fields(offline.RewardModel)}
     assert offline.run(offline.RewardModel(**{k: v for k, v in common.items() if k in offline_fields})) == 0
-    again = settings(tmp_path, name="again", critic=str(tmp_path / "trained"), steps=1)
+    mesh = functools.partial(sharding.make_mesh, fsdp=2, tensor=2)
+    again = settings(tmp_path, name="again", critic=str(tmp_path / "trained"), steps=1, mesh=mesh)
     assert online.run(online.PPO(**again)) == 0
     with pytest.raises(ValueError, match="is a run that trained no reward model"):
         online.run(online.PPO(**settings(tmp_path, name="wrong", critic=str(tmp_path / "run"))))

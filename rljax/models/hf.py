@@ -38,13 +38,29 @@ def load(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[La
     UserError for anything that is not exactly such a checkpoint: unsupported architecture or feature, missing,
     unknown or misshaped tensors, damaged files, pickled weights.
     """
-    checkpoint = _open(path_or_name)
-    if "score.weight" in checkpoint.store:
-        raise UserError(f"{checkpoint.where} is a reward model (it has score.weight); open it with hf.load_reward.")
+    checkpoint = _open_causal(path_or_name)
     config = _config(checkpoint, mesh, dtype)
-    abstract = jax.eval_shape(build(config).init, jax.random.key(0))
-    params, note = _read(checkpoint, config, abstract, mesh, dtype)
+    shapes = jax.eval_shape(build(config).init, jax.random.key(0))
+    params, note = _read(checkpoint, config, shapes, mesh, dtype)
     return build(_with_source(config, checkpoint, note)), params
+
+
+def abstract(path_or_name: Path, *, mesh: Any = None, dtype: Any) -> tuple[LanguageModel, Params]:
+    """What `load` gives, without its weights: the model, and shapes with the shardings that the mesh implies."""
+    checkpoint = _open_causal(path_or_name)
+    config = _config(checkpoint, mesh, dtype)
+    shapes: Params = jax.eval_shape(build(config).init, jax.random.key(0))
+    _, note = hf_read.account(checkpoint, config, set(hf_read.flat(shapes)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
+    return build(_with_source(config, checkpoint, note)), placed(shapes, mesh)
+
+
+def placed(shapes: Params, mesh: Any) -> Params:
+    """Shapes with the shardings of `rljax.models.RULES` on a mesh; as they are without one."""
+    if mesh is None:
+        return shapes
+    places = _shardings(shapes, mesh)
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> tuple[LanguageModel, Params]:
@@ -67,10 +83,10 @@ def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> t
             "model of a decoder has one, the reward. Give it a head of its own with rljax.models.heads.reward_model."
         )
     config = _config(checkpoint, mesh, dtype)
-    abstract: Params = jax.eval_shape(build(config).init, jax.random.key(0))
-    abstract = {key: value for key, value in abstract.items() if key != "unembed"}
-    abstract["head"] = {"kernel": jax.ShapeDtypeStruct((config.hidden_size,), jnp.float32)}
-    params, note = _read(checkpoint, config, abstract, mesh, dtype)
+    shapes: Params = jax.eval_shape(build(config).init, jax.random.key(0))
+    shapes = {key: value for key, value in shapes.items() if key != "unembed"}
+    shapes["head"] = {"kernel": jax.ShapeDtypeStruct((config.hidden_size,), jnp.float32)}
+    params, note = _read(checkpoint, config, shapes, mesh, dtype)
     head = params.pop("head")
     bias = np.float32((checkpoint.source.get(NOTE) or {}).get("reward_bias", 0.0))
     placed = _shardings({"bias": bias}, mesh)
@@ -117,6 +133,13 @@ def _open(path_or_name: Path) -> Checkpoint:
     return hf_read.open_checkpoint(resolve(path_or_name))
 
 
+def _open_causal(path_or_name: Path) -> Checkpoint:
+    checkpoint = _open(path_or_name)
+    if "score.weight" in checkpoint.store:
+        raise UserError(f"{checkpoint.where} is a reward model (it has score.weight); open it with hf.load_reward.")
+    return checkpoint
+
+
 def _config(checkpoint: Checkpoint, mesh: Any, dtype: Any) -> ModelConfig:
     platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     compute = jnp.dtype(dtype).name if dtype is not None else "float32" if platform == "cpu" else "bfloat16"
@@ -128,12 +151,12 @@ def _plain(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(
-    checkpoint: Checkpoint, config: ModelConfig, abstract: Params, mesh: Any, dtype: Any
+    checkpoint: Checkpoint, config: ModelConfig, shapes: Params, mesh: Any, dtype: Any
 ) -> tuple[Params, dict[str, Any]]:
-    wanted, note = hf_read.account(checkpoint, config, set(hf_read.flat(abstract)))
+    wanted, note = hf_read.account(checkpoint, config, set(hf_read.flat(shapes)))
     kind = None if dtype is None else jnp.dtype(dtype)
-    places = _shardings(abstract, mesh)
-    return hf_read.fill(checkpoint, config, abstract, wanted, shardings=places, dtype=kind), note
+    places = _shardings(shapes, mesh)
+    return hf_read.fill(checkpoint, config, shapes, wanted, shardings=places, dtype=kind), note
 
 
 def _shardings(tree: Any, mesh: Any) -> Any:

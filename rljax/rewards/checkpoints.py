@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rljax import artefacts, data, models
 from rljax.errors import UserError
@@ -24,7 +25,7 @@ from rljax.models.heads import ScalarModel
 from rljax.rewards.core import Reward, reward
 from rljax.rewards.overlap import references
 from rljax.rewards.text import prompt_text
-from rljax.sharding import shardings
+from rljax.sharding import unset
 from rljax.types import Params, Tokens
 
 SHORTEST = 16  # tokens; rows are padded to this, or to 2, 4, 8, … times as much: few shapes to compile
@@ -104,22 +105,34 @@ def opened(rewards: Sequence[Reward], tokenizer: Any = None, *, mesh: Any = None
     """The rewards with their checkpoints read, so that a wrong path is found before the first step.
 
     A decoder whose tokenizer is the policy's (`tokenizer`) becomes an on-device reward: it scores the token ids that
-    were sampled, on the policy's mesh. A completion that was cut off is then judged as it stands; as text it would get
-    an end token. One with a `max_length` stays on the host, where rows are cut to it.
+    were sampled, on the policy's mesh, where its weights are read to and nowhere else. A completion that was cut off is
+    then judged as it stands; as text it would get an end token. One with a `max_length` stays on the host, where rows
+    are cut to it.
+
+    Parameters of other on-device rewards are copied to every device of the mesh, unless they are on it.
     """
     found = []
     for one in rewards:
         if isinstance(one.fn, Checkpoint):
-            judge = _open(one.fn)
-            decoder = judge.decoder if one.fn.max_length is None else None
-            if decoder is not None and tokenizer is not None and same_tokenizer(judge.tokenizer, tokenizer):
-                places = (
-                    None if mesh is None else shardings(jax.eval_shape(lambda p=judge.params: p), models.RULES, mesh)
-                )
-                params = judge.params if places is None else jax.device_put(judge.params, places)
-                one = on_tokens(one, decoder, params)
+            if tokenizer is not None and _reads_ids(one.fn, tokenizer):
+                judge = _load(one.fn, mesh)
+                assert judge.decoder is not None
+                one = on_tokens(one, judge.decoder, judge.params)
+            else:
+                _open(one.fn)
+        if one.params is not None and mesh is not None:
+            one = dataclasses.replace(one, params=_on_mesh(one.params, mesh))
         found.append(one)
     return tuple(found)
+
+
+def _on_mesh(params: Params, mesh: Mesh) -> Params:
+    """Arrays that are on all devices of the mesh as they are, others on each of them."""
+
+    def there(x: Any) -> bool:
+        return isinstance(x, jax.Array) and x.sharding.device_set == set(mesh.devices.flat)
+
+    return jax.tree.map(lambda x: x if there(x) else jax.device_put(x, NamedSharding(mesh, PartitionSpec())), params)
 
 
 def on_tokens(one: Reward, decoder: ScalarModel, params: Params) -> Reward:
@@ -180,7 +193,8 @@ def batched(
         for place, row in enumerate(some):
             n = len(rows[row][0])
             ids[place, :n], types[place, :n], segments[place, :n] = *rows[row], 1
-        parts.append(np.asarray(function(params, ids, segments, types))[: len(some)])  # pyright: ignore[reportArgumentType]
+        with unset():
+            parts.append(np.asarray(function(params, ids, segments, types))[: len(some)])  # pyright: ignore[reportArgumentType]
     out = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     return out[np.argsort(order)] if parts else out
 
@@ -201,12 +215,14 @@ def _pick(logits: Array, index: int, output: str) -> Array:
 
 
 def _kept(load: Callable[[Any], T]) -> Callable[[Any], T]:
-    """`load` with its latest results kept; threads that ask at once load once, which lru_cache does not see to."""
+    """`load` with its latest results kept; threads that ask at once load once, which lru_cache does not see to. Nothing
+    is on a run's mesh: whoever judges on the host does so apart from other processes.
+    """
     cached, lock = functools.lru_cache(maxsize=8)(load), threading.Lock()
 
     @functools.wraps(load)
     def locked(what: Any) -> T:
-        with lock:
+        with lock, unset():
             return cached(what)
 
     return locked
@@ -214,19 +230,46 @@ def _kept(load: Callable[[Any], T]) -> Callable[[Any], T]:
 
 @_kept
 def _open(source: Checkpoint) -> Judge:
-    folder = pathlib.Path(source.path).expanduser()
-    if (folder / "experiment.json").is_file():
-        return _open_run(source, folder)
-    folder = resolve.resolve(source.path)
-    config = read_json(folder / "config.json") if folder.is_dir() else None
-    if config and config.get("model_type") in {family.model_type for family in hf_encoder.FAMILIES}:
-        return _open_encoder(source, folder)
-    model, params = hf.load_reward(folder)
+    """On one device of this process, which judges by itself."""
+    return _load(source, None)
+
+
+def _load(source: Checkpoint, mesh: Mesh | None) -> Judge:
+    """mesh: of a decoder's weights."""
+    folder = _folder(source)
+    if _is_run(folder):
+        return _load_run(source, folder, mesh)
+    if _is_encoder(folder):
+        return _load_encoder(source, folder)
+    model, params = hf.load_reward(folder, mesh=mesh)
     return _decoder(source, models.reward_model(model), params, resolve.load_tokenizer(folder))
 
 
-def _open_run(source: Checkpoint, folder: pathlib.Path) -> Judge:
-    start, params, _ = artefacts.load_run(folder)
+def _reads_ids(source: Checkpoint, tokenizer: Any) -> bool:
+    """Whether it is a decoder that can score the ids of this tokenizer. No weights are read."""
+    folder = _folder(source)
+    if source.max_length is not None or _is_encoder(folder):
+        return False
+    named = (read_json(folder / "experiment.json") or {}).get("model") if _is_run(folder) else folder
+    return same_tokenizer(resolve.load_tokenizer(str(named)), tokenizer)
+
+
+def _folder(source: Checkpoint) -> pathlib.Path:
+    folder = pathlib.Path(source.path).expanduser()
+    return folder if _is_run(folder) else resolve.resolve(source.path)
+
+
+def _is_run(folder: pathlib.Path) -> bool:
+    return (folder / "experiment.json").is_file()
+
+
+def _is_encoder(folder: pathlib.Path) -> bool:
+    config = read_json(folder / "config.json") if folder.is_dir() and not _is_run(folder) else None
+    return bool(config) and config.get("model_type") in {family.model_type for family in hf_encoder.FAMILIES}
+
+
+def _load_run(source: Checkpoint, folder: pathlib.Path, mesh: Mesh | None) -> Judge:
+    start, params, _ = artefacts.open_run(folder, mesh=mesh)
     if "head" not in params:
         raise UserError(f"{folder} is the run of a policy, which gives no rewards: name one of offline.RewardModel")
     accelerated = jax.default_backend() != "cpu"
@@ -265,7 +308,7 @@ def _ids(prompt: Any, completion: str, tokenizer: Any, longest: int) -> np.ndarr
     return data.completion_example(row, tokenizer, max_prompt=max(1, longest - said), max_completion=said).ids[:longest]
 
 
-def _open_encoder(source: Checkpoint, folder: pathlib.Path) -> Judge:
+def _load_encoder(source: Checkpoint, folder: pathlib.Path) -> Judge:
     model, params = encoders.load(folder)
     index = _label(source, model.config.labels)
     longest = _limit(source, model.config.max_positions, model.config.max_tokens)

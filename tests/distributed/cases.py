@@ -6,8 +6,10 @@ import pathlib
 
 import jax
 
-from rljax import data, losses, offline, online, presets, rewards, train
+from rljax import data, losses, models, offline, online, policy, presets, rewards, train
+from rljax.checkpoint import Checkpoints
 from rljax.environments import Environment, Turn
+from rljax.manifest import write_json
 
 WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
 NAMES = ["Tom", "Lily", "Ben", "Ann"]
@@ -54,6 +56,20 @@ def texts(folder) -> str:
 def prompts(folder) -> str:
     rows = [{"prompt": f"Once there was a {a}. The {b}", "word": a} for a in WORDS for b in WORDS[:4]]
     return str(data.write_jsonl(folder / "prompts.jsonl", rows))
+
+
+def judge(model, folder) -> str:
+    """A run of a reward model, as `offline.RewardModel` leaves it; its scores are about a tenth."""
+    run, start = pathlib.Path(folder) / "judge", policy.load(str(model))
+    if not run.exists():
+        head = models.scalar_head(start.model.config.hidden_size).init(jax.random.key(1))
+        params = {"model": start.params, "head": {**head, "bias": jax.numpy.asarray(0.1)}}
+        settings = {"kind": "RewardModel", "model": str(model), "dtype": "float32", "best": None, "best_mode": "max"}
+        run.mkdir(parents=True)
+        write_json(run / "experiment.json", settings)
+        with Checkpoints(run / "checkpoints") as saved:
+            saved.save(1, {"params": params}, {})
+    return str(run)
 
 
 def vowels(prompts, completions, word):
@@ -116,7 +132,7 @@ def sft_rows(policy, key):
 def experiment(name: str, model: str, folder):
     """An experiment by its name; `folder` is for its data."""
     common = {"model": model, "name": name, **COMMON}
-    pair, prompt = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl"
+    pair, prompt, rm = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl", f"{folder}/judge"
     on = common | ONLINE | {"data": prompt}
     made = {
         "sft": lambda: offline.SFT(**common, data=sft_rows),
@@ -128,10 +144,10 @@ def experiment(name: str, model: str, folder):
         ),
         "kto": lambda: offline.Unpaired(**common, data=pair),
         "ppo": lambda: online.PPO(
-            **on | {"batch": 8}, reward=vowels, epochs=2, minibatches=2, kl_target=2.0, kl_horizon=50,
-            normalize_running=True, ema=0.9, old_logps="trainer",
+            **on | {"batch": 8}, reward=(vowels, rewards.from_checkpoint(rm, max_length=40)), critic=rm, epochs=2,
+            minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
         ),
-        "grpo_device": lambda: presets.grpo(**on | {"group": 2}, reward=short),
+        "grpo_device": lambda: presets.grpo(**on | {"group": 2}, reward=(short, rewards.from_checkpoint(rm))),
         "online_dpo": lambda: presets.online_dpo(**on | {"group": 2}, reward=vowels),
         "raft": lambda: presets.raft(**on | {"group": 2}, reward=vowels),
         "both": lambda: presets.remax(**on, reward=(short, vowels)),

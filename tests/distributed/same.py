@@ -13,7 +13,8 @@ TIES = {"rewards/accuracies", "eval/rewards/accuracies", "policy/clipfrac_avg"}
 
 
 def files(model, folder: pathlib.Path, names) -> dict[str, str]:
-    """The experiment file of each case, with its data beside it."""
+    """The experiment file of each case, with its data and the reward model of some beside it."""
+    cases.judge(model, folder)
     cases.pairs(folder)
     cases.prompts(folder)
     cases.texts(folder)

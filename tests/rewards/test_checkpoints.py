@@ -1,6 +1,7 @@
 """Rewards by models: reward models of ours, decoders and encoders of Hugging Face, embeddings."""
 
 import concurrent.futures
+import gc
 import json
 import pathlib
 import shutil
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import data, models, policy, rewards
+from rljax import artefacts, critics, data, models, online, policy, rewards
 from rljax.checkpoint import Checkpoints
 from rljax.manifest import write_json
 from rljax.models import encoder, hf, resolve
 from rljax.rewards import checkpoints
+from rljax.sharding import make_mesh, shardings
 
 FIXTURES = pathlib.Path(__file__).parent.parent / "models" / "fixtures"
 PROMPTS = ["Once upon a time", "The cat", "She", "One day, Lily and Tom went to the park to play with a ball."]
@@ -122,25 +124,95 @@ def test_prompts_of_messages_go_through_the_template_of_the_reward_model(folder,
     np.testing.assert_allclose(got, rewards.from_checkpoint(folder)(plain, COMPLETIONS[:2]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_of_ours(trained, tmp_path, stories, expected):
-    start, params = trained
-    run = tmp_path / "run"
+SETTINGS = {"kind": "RewardModel", "dtype": "float32", "best": None, "best_mode": "max"}
+
+
+@pytest.fixture(scope="module")
+def run(trained, stories, tmp_path_factory):
+    """A run of a reward model, as `offline.RewardModel` leaves it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
     run.mkdir()
-    settings = {"kind": "RewardModel", "model": str(stories), "dtype": "float32", "best": None, "best_mode": "max"}
-    write_json(run / "experiment.json", settings)
+    write_json(run / "experiment.json", {**SETTINGS, "model": str(stories)})
     with Checkpoints(run / "checkpoints") as saved:
-        saved.save(3, {"params": params}, {})
+        saved.save(3, {"params": trained[1]}, {})
+    return run
+
+
+def test_a_run_of_ours(trained, run, tmp_path, stories, expected):
+    start, _ = trained
     reward = rewards.from_checkpoint(run)
     np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), expected, rtol=2e-4, atol=2e-5)
     assert rewards.opened([reward], start.tokenizer)[0].on_device
 
-    write_json(run / "experiment.json", {**settings, "kind": "SFT"})
-    with Checkpoints(tmp_path / "policy") as saved:
+    write_json(tmp_path / "experiment.json", {**SETTINGS, "model": str(stories), "kind": "SFT"})
+    with Checkpoints(tmp_path / "checkpoints") as saved:
         saved.save(1, {"params": start.params}, {})
-    shutil.rmtree(run / "checkpoints")
-    shutil.move(tmp_path / "policy", run / "checkpoints")
     with pytest.raises(ValueError, match="is the run of a policy, which gives no rewards"):
-        rewards.opened([rewards.from_checkpoint(run, batch=4)])
+        rewards.opened([rewards.from_checkpoint(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", ["run", "folder"])
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
+def test_a_judge_is_spread_over_the_mesh_and_nowhere_else(request, trained, kind, axes):
+    """As a reward and as a critic, in a run (the mesh is set): no device holds more than another."""
+    start, params = trained
+    mesh, path = make_mesh(**axes), request.getfixturevalue(kind)
+    before = held(mesh)
+    with jax.set_mesh(mesh):
+        (reward,) = rewards.opened([rewards.from_checkpoint(path)], start.tokenizer, mesh=mesh)
+        critic = critics.load(online.PPO(model="", data="", critic=str(path)), start, mesh)
+    assert reward.on_device
+    places = shardings(params, models.RULES, mesh)
+    for found in (reward.params, critic.params):
+        wanted = {name: leaf for name, leaf in params.items() if name in found}
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+        assert jax.tree.map(lambda x: x.sharding, found) == places
+    sizes = set((held(mesh) - before).tolist())
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert len(sizes) == 1
+    assert 2 * size / 4 <= sizes.pop() < 2 * size / 4 + size / 8  # only norms and biases are copied
+
+
+def held(mesh) -> np.ndarray:
+    """The bytes of all arrays on each device of a mesh."""
+    gc.collect()
+    places = [device for x in jax.live_arrays() for device in (s.device for s in x.addressable_shards)]
+    sizes = [shard.data.nbytes for x in jax.live_arrays() for shard in x.addressable_shards]
+    return np.asarray([sum(n for where, n in zip(places, sizes, strict=True) if where == d) for d in mesh.devices.flat])
+
+
+def test_in_a_run_a_judge_on_the_host_is_apart_from_the_mesh(run, trained, expected):
+    """It scores the rows of one process, on one of its devices; so do encoders."""
+    mesh = make_mesh(fsdp=4)
+    with jax.set_mesh(mesh):
+        (reward,) = rewards.opened([rewards.from_checkpoint(run, max_length=100)], trained[0].tokenizer, mesh=mesh)
+        assert not reward.on_device
+        np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), expected, rtol=2e-4, atol=2e-5)
+        params = checkpoints._open(reward.fn).params
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {1}
+
+
+def test_in_a_run_what_is_loaded_is_on_its_mesh(run, stories, trained):
+    """An experiment's own `evaluate` opens another run or checkpoint: beside it they can be computed with."""
+    mesh, (_, params) = make_mesh(fsdp=2, tensor=2), trained
+    places = shardings(params, models.RULES, mesh)
+    with jax.set_mesh(mesh):
+        start, found, step = artefacts.load_run(run)
+    assert step == 3
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert jax.tree.map(lambda x: x.sharding, found) == places
+    assert jax.tree.map(lambda x: x.sharding, start.params) == places["model"]
+    jax.tree.map(np.testing.assert_array_equal, start.params, params["model"])
+
+
+def test_parameters_of_other_rewards_come_to_the_mesh():
+    """What the user made before there was a mesh: on one device, or in numpy."""
+    mesh, table = make_mesh(fsdp=4), {"a": jax.device_put(jnp.arange(3.0), jax.devices()[0]), "b": np.ones(2)}
+    one = rewards.on_device(lambda params, tokens: params["a"].sum() + 0.0 * tokens.ids[:, 0], params=table)
+    (reward,) = rewards.opened([one], mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, reward.params, table)
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(reward.params))
 
 
 def test_wrong_paths_are_found_when_opened_and_named_while_judging(tmp_path, stories):
