@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -37,7 +38,9 @@ FAREWELL = 10.0  # seconds in which the others have to hear of a failure
 LINGER = 2.0  # seconds that the first stays after all have heard: JAX aborts those who lose it before they have left
 HOUR = 3_600_000  # milliseconds
 FAILED, HEARD = "rljax/failed", "rljax/heard/"
+MET = "rljax-met/"
 _ROOMS = itertools.count()  # all processes make the same runs in the same order
+_MEETINGS = itertools.count()  # and meet in the same order
 
 
 def initialize() -> None:
@@ -171,6 +174,33 @@ def agreement() -> Iterator[Callable[[int, str | None], str | None]]:
     finally:
         over.set()
         thread.join(timeout=2 * POLL)
+
+
+# --- meeting on the host ----------------------------------------------------------------------------------------------
+
+
+def everyone(said: str, seconds: float | None = None) -> list[str]:
+    """What each of several processes says at the same point, in their order. No device is asked: those who are early
+    wait for the last as long as it takes, or for so many seconds (TimeoutError).
+    """
+    client, me, number = _client(), global_state.process_id, next(_MEETINGS)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    client.key_value_set(f"{MET}{number}/{me}", said)
+    found = [_said(f"{MET}{number}/{process}", deadline) for process in range(global_state.num_processes)]
+    if number:  # whoever is here has left the meeting before
+        client.key_value_delete(f"{MET}{number - 1}/{me}")
+    return found
+
+
+def _said(key: str, deadline: float) -> str:
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, 1000)  # between two of these a signal is heard
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            if time.monotonic() > deadline:
+                raise TimeoutError(key) from None
 
 
 # --- one fails, all end -----------------------------------------------------------------------------------------------

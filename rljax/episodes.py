@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -49,8 +48,7 @@ def of_rows(
     """
     part = hosts.share_of_known(len(indices))
     words = np.random.SeedSequence([part % 2**32 for part in seed]).generate_state(1)
-    playing = functools.partial(
-        play,
+    episodes = play(
         now,
         run.environment,
         [rows[int(indices[i])] for i in part.mine],
@@ -66,7 +64,6 @@ def of_rows(
         mesh=mesh,
         numbers=part.mine,
     )
-    episodes = hosts.together(playing)
     failed = np.asarray([failure is not None for failure in episodes.failures], bool)
     total = np.where(failed, np.nan, episodes.rewards.sum(1)).astype(np.float32)
     each = hosts.grouped(part, n)

@@ -17,11 +17,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rljax import failures, sharding
+from rljax import distributed, failures, sharding
 from rljax.errors import UserError
 
 T = TypeVar("T")
-MESSAGE = 4000  # bytes of an error that the other processes get to see
+MESSAGE = 4000  # characters of an error that the other processes get to see
 
 
 class AgreedError(UserError):
@@ -211,9 +211,12 @@ def told(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
-def together(call: Callable[[], T]) -> T:
+def together(call: Callable[[], T], *, patience: float | None = None) -> T:
     """call(), done by every process at the same point. If it raises on some, all raise: an AgreedError with the first
-    one's reason. `call` may not wait for other processes, except where all raise in it alike or none does.
+    one's reason. They wait for the slowest on the host, for as long as it takes: a collective of devices has a limit.
+
+    `call` may not wait for other processes, except with `patience`: seconds for which one that failed waits for the
+    others. Are they not here then, they wait for it in their call, and it raises what it raised: that ends all of them.
     """
     if jax.process_count() == 1:
         return call()
@@ -222,23 +225,24 @@ def together(call: Callable[[], T]) -> T:
         result = call()
     except Exception as error:
         caught = error
-    failed = first_failure(None if caught is None else failures.line(caught))
+    try:
+        failed = first_failure(None) if caught is None else first_failure(failures.line(caught), patience)
+    except TimeoutError:
+        assert caught is not None
+        raise caught from None
     if failed is None:
         return result  # pyright: ignore[reportReturnType]
     raise AgreedError(f"process {failed[0]} of {jax.process_count()}: {failed[1]}") from caught
 
 
-def first_failure(said: str | None) -> tuple[int, str] | None:
-    """(process, what it said) of the first process that has something to say; None where none has."""
+def first_failure(said: str | None, patience: float | None = None) -> tuple[int, str] | None:
+    """(process, what it said) of the first process that has something to say; None where none has. TimeoutError where
+    some do not come to say so for `patience` seconds.
+    """
     if jax.process_count() == 1:
         return None if said is None else (0, said)
-    line = np.zeros(MESSAGE + 1, np.uint8)
-    text = np.frombuffer((said or "").encode()[:MESSAGE], np.uint8)
-    line[0], line[1 : len(text) + 1] = said is not None, text
-    for process, found in enumerate(multihost_utils.process_allgather(line)):
-        if found[0]:
-            return process, found[1:].tobytes().rstrip(b"\0").decode(errors="replace")
-    return None
+    heard = distributed.everyone("" if said is None else f"!{said[:MESSAGE]}", patience)
+    return next(((process, text[1:]) for process, text in enumerate(heard) if text), None)
 
 
 def sync(name: str) -> None:

@@ -23,6 +23,7 @@ from rljax.ranges import Count, Natural, Positive, Rate, Seed
 from rljax.types import Mean, TrainState
 
 State = TypeVar("State")  # a pytree of arrays
+PATIENCE = 60.0  # seconds in which all processes are done with an experiment's own `evaluate` if one fails in it
 ADAM = functools.partial(optax.adamw, weight_decay=0.0)
 
 
@@ -295,7 +296,8 @@ def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Trac
     if evaluate is None:
         return
     with tracker.phase(f"measuring {phase} training"):
-        found = hosts.together(lambda: evaluate(now, sharding.in_device_memory(reference), jax.random.key(run.seed)))
+        asked = functools.partial(evaluate, now, sharding.in_device_memory(reference), jax.random.key(run.seed))
+        found = hosts.together(asked, patience=PATIENCE)
     tracker.log(step, found.metrics, prefix="eval/")
     tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
 

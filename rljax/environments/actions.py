@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from rljax.policy import BUCKET, Policy, full, left_pad
 from rljax.sampling import generate
 from rljax.types import Rollout, Tokens
 
+T = TypeVar("T")
 LATER_TURNS = 2**31  # what turn t > 0 folds into an episode's key, beside t: more than any step of the first turn
 
 
@@ -32,33 +33,48 @@ class Action(NamedTuple):
 def write(
     policy: Policy,
     contexts: Sequence[np.ndarray],
-    keys: Array,
+    key: Array,
+    turn: int,
+    numbers: np.ndarray,
     *,
     n: int,
     width: int,
     max_new_tokens: int,
     sampling: Mapping[str, Any],
     mesh: Mesh | None,
-) -> list[Action | None]:
-    """An action after each context i32[k] (k up to `width`); None after an empty one.
+) -> Rollout:
+    """What the policy writes after each context i32[k] (k up to `width`), on the host: a row each, for `taken`.
 
-    n: how many neighbours have the same context, which is then read once. keys: one a context.
-    mesh: rows are split over its data axes; of several processes each has contexts of its own, and they are written
-      together.
+    numbers: of the contexts among those of all processes: each samples with its own key (see `turn_keys`).
+    n: how many neighbours have the same context, which is then read once.
+    mesh: rows are split over its data axes; of several processes each has contexts of its own (none, if there are too
+      few), and they are written together.
     """
     alone = mesh is None or jax.process_count() == 1
     processes, process = (1, 0) if alone else (jax.process_count(), jax.process_index())
     (most,) = (len(contexts),) if alone else hosts.most(len(contexts))
     rows = _room(most // n, processes, mesh)
     prompts = left_pad(contexts[::n], rows=rows, width=width)
-    keys = keys[jnp.arange(rows * n) % max(1, len(contexts))]  # empty rows fill up the share of every device
+    keys = turn_keys(key, turn, np.resize(numbers, rows * n))  # empty rows fill up the share of every device
     if mesh is not None:
         prompts, keys = _together(prompts, keys, mesh)
     settings = {"stop_ids": policy.stop_ids, **sampling}
     rollout = generate(policy.model, policy.params, prompts, keys, max_new_tokens=max_new_tokens, n=n, **settings)
     rollout = jax.device_get(rollout) if mesh is None else hosts.whole(rollout)
     first = process * rows * n
-    return _actions(policy.tokenizer, jax.tree.map(lambda x: x[first : first + len(contexts)], rollout), contexts)
+    return jax.tree.map(lambda x: x[first : first + len(contexts)], rollout)
+
+
+def taken(tokenizer: Any, rollout: Rollout, contexts: Sequence[np.ndarray]) -> list[Action | None]:
+    """The action in each row; None after an empty context."""
+    found: list[Action | None] = []
+    for row, context in enumerate(contexts):
+        mask = rollout.tokens.mask[row]
+        ids = rollout.tokens.ids[row][mask]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        action = Action(np.asarray(ids), np.asarray(rollout.logps[row][mask]), text, bool(rollout.finished[row]))
+        found.append(action if len(context) else None)
+    return found
 
 
 def cut(action: Action, room: int, tokenizer: Any) -> Action:
@@ -78,7 +94,7 @@ def bucket(width: int, limit: int) -> int:
 
 
 @jax.jit
-def turn_keys(key: Array, turn: Array | int, numbers: Array) -> Array:
+def turn_keys(key: Array, turn: Array | int, numbers: Array | np.ndarray) -> Array:
     """One key an episode, by its number: in the first turn the one that `generate` makes of a single key."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(numbers)
     later = jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(LATER_TURNS) + jnp.uint32(turn))
@@ -90,15 +106,9 @@ def most(mesh: Mesh | None, *numbers: int) -> list[int]:
     return list(numbers) if mesh is None else hosts.most(*numbers)
 
 
-def _actions(tokenizer: Any, rollout: Rollout, contexts: Sequence[np.ndarray]) -> list[Action | None]:
-    found: list[Action | None] = []
-    for row, context in enumerate(contexts):
-        mask = rollout.tokens.mask[row]
-        ids = rollout.tokens.ids[row][mask]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        action = Action(np.asarray(ids), np.asarray(rollout.logps[row][mask]), text, bool(rollout.finished[row]))
-        found.append(action if len(context) else None)
-    return found
+def apart(mesh: Mesh | None, call: Callable[[], T]) -> T:
+    """What each process does for itself between two turns; if that fails on one, all raise."""
+    return call() if mesh is None else hosts.together(call)
 
 
 def _room(rows: int, processes: int, mesh: Mesh | None) -> int:

@@ -124,29 +124,34 @@ def play_against(
     _check(policies, game, limits)
     call = functools.partial(call_all, timeout=timeout, poll=poll)
     numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
-    episodes = _reset(game, rows, numbers, n, seed, call)
+    apart = functools.partial(actions.apart, mesh)
+    episodes = apart(functools.partial(_reset, game, rows, numbers, n, seed, call))
     each = np.asarray(numbers[:, None] * n + np.arange(n), np.int32).ravel()
     for turn in range(game.players * game.max_turns):
         player, first = turn % game.players, turn < game.players
         if poll is not None:
             poll()
-        episodes = [_read(episode, player, policies[player], limits) for episode in episodes]
-        contexts = [np.zeros(0, np.int32) if e.over else e.players[player].ids for e in episodes]
+        episodes, contexts = apart(functools.partial(_heard, episodes, player, policies[player], limits))
         longest = actions.most(mesh, max(map(len, contexts), default=0))[0]
         if not longest:
             break
         written = actions.write(
             policies[player],
             contexts,
-            actions.turn_keys(key, turn, each),
+            key,
+            turn,
+            each,
             n=n if turn == 0 else 1,
             width=max_prompt if first else actions.bucket(longest, max_length),
             max_new_tokens=max_new_tokens,
             sampling=sampling or {},
             mesh=mesh,
         )
-        episodes = _answered(game, episodes, player, written, limits, policies[player].tokenizer, call)
-    return tuple(_collect(episodes, player, policies[player], limits) for player in range(game.players))
+        tokenizer = policies[player].tokenizer
+        reading = functools.partial(actions.taken, tokenizer, written, contexts)
+        episodes = apart(functools.partial(_answered, game, episodes, player, reading, limits, tokenizer, call))
+    each_player = enumerate(policies)
+    return apart(lambda: tuple(_collect(episodes, player, policy, limits) for player, policy in each_player))
 
 
 def _check(policies: Sequence[Policy], game: Game, limits: _Limits) -> None:
@@ -208,6 +213,14 @@ def _reset(
     return found
 
 
+def _heard(
+    episodes: Sequence[_Episode], player: int, policy: Policy, limits: _Limits
+) -> tuple[list[_Episode], list[np.ndarray]]:
+    """(the episodes with what the player has heard as tokens, all tokens that it acts on: none where it does not)."""
+    found = [_read(episode, player, policy, limits) for episode in episodes]
+    return found, [np.zeros(0, np.int32) if one.over else one.players[player].ids for one in found]
+
+
 def _read(episode: _Episode, player: int, policy: Policy, limits: _Limits) -> _Episode:
     """The episode with what the player has heard as tokens, or over if they leave no room to act."""
     if episode.over:
@@ -225,12 +238,13 @@ def _answered(
     game: Game,
     episodes: Sequence[_Episode],
     player: int,
-    written: Sequence[Action | None],
+    reading: Callable[[], Sequence[Action | None]],
     limits: _Limits,
     tokenizer: Any,
     call: Callable[..., list[Any]],
 ) -> list[_Episode]:
     """The episodes after a player's actions and what the game answers, all at the same time."""
+    written = reading()
     taken = [
         None if action is None else actions.cut(action, _room(episode.players[player], limits), tokenizer)
         for episode, action in zip(episodes, written, strict=True)

@@ -153,7 +153,7 @@ def experiment(name: str, model: str, folder):
         "both": lambda: presets.remax(**on, reward=(short, vowels)),
         "dapo": lambda: presets.dapo(**on | {"group": 2, "max_age": 2, "overlong_buffer": 4}, reward=letters),
         "episodes": lambda: online.PPO(
-            **on | {"max_completion": 24, "group": 2}, environment=riddles,
+            **on | {"max_completion": 24, "group": 2, "eval_rows": 1}, environment=riddles,
             turn_tokens=4, critic="shared",
         ),
         "moody": lambda: presets.grpo(
