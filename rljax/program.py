@@ -271,8 +271,10 @@ class Progress(NamedTuple):
 
 
 def resumed(run: Run, step: int, kept: Mapping[str, Any]) -> Progress:
-    """The progress that a checkpoint of this step remembers. A run of more steps than it had goes on."""
-    progress = Progress(**kept)
+    """The progress that a checkpoint of this step remembers (`kept`, which may hold more). A run that has been given
+    more steps goes on.
+    """
+    progress = Progress(**{name: value for name, value in kept.items() if name in Progress._fields})
     impatient = run.patience is not None and progress.waited >= run.patience
     return progress._replace(done=progress.done and (step >= run.steps or impatient))
 

@@ -61,7 +61,7 @@ def begin(run: Run, folder: pathlib.Path) -> bool:
 
     UserError where the folder holds a run of another experiment; what is different is named.
     """
-    latest, kept = _latest(folder, run)
+    latest, kept = _latest(folder)
     finished = latest is not None and resumed(run, latest, kept).done
     accept, experiment = _accepted(run), describe(run)
     before = read_json(folder / "experiment.json")
@@ -112,12 +112,12 @@ def found_contents(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _latest(folder: pathlib.Path, run: Run) -> tuple[int | None, Mapping[str, Any]]:
+def _latest(folder: pathlib.Path) -> tuple[int | None, Mapping[str, Any]]:
     """(the step of the last checkpoint, what it remembers)"""
     path = folder / "checkpoints"
     if not path.is_dir():
         return None, {}
-    with Checkpoints(path, read_only=True, best_metric=run.best, best_mode=run.best_mode) as checkpoints:
+    with Checkpoints(path, read_only=True) as checkpoints:
         latest = checkpoints.latest()
         return latest, {} if latest is None else checkpoints.extra(latest)
 

