@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax import filters, policy, sharding
+from rljax import filters, kept, policy, sharding
 from rljax.checkpoint import Checkpoints
 from rljax.data import prompt_ids
 from rljax.errors import UserError
@@ -32,7 +33,7 @@ def load_run(
     """
     start, params, found = open_run(run, step=step, mesh=mesh)
     experiment = _record(run)
-    initial = policy.load(experiment["model"], mesh=mesh, dtype=experiment["dtype"]).params
+    initial = policy.load(kept.where(run, experiment["model"]), mesh=mesh, dtype=experiment["dtype"]).params
     return start._replace(params=initial), params, found
 
 
@@ -42,7 +43,9 @@ def open_run(
     """As `load_run`, with only the run's own parameters read: of those that it began with there are shapes."""
     experiment = _record(run)
     mesh = sharding.mesh_here() if mesh is None else mesh
-    start = policy.abstract(experiment["model"], mesh=mesh, dtype=experiment["dtype"])
+    start = kept.begun(run, mesh=mesh, dtype=experiment["dtype"])
+    if start is None:
+        start = policy.abstract(kept.where(run, experiment["model"]), mesh=mesh, dtype=experiment["dtype"])
     where, like = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
         head = jax.eval_shape(scalar_head(start.model.config.hidden_size).init, jax.random.key(0))
@@ -109,7 +112,9 @@ def _folders_read(experiment: Mapping[str, Any], run: str | pathlib.Path) -> dic
         name: pathlib.Path(text) for name, text in texts.items() if isinstance(text, str) and text and name != "out"
     }
     found = {name: path for name, path in found.items() if len(str(path)) < 4000 and "\0" not in str(path)}
-    return {**found, "model": resolve.resolve(experiment["model"]), "own folder": pathlib.Path(run)}
+    with contextlib.suppress(UserError):  # a model that is gone is not in the way
+        found["model"] = pathlib.Path(kept.where(run, experiment["model"]))
+    return {**found, "own folder": pathlib.Path(run)}
 
 
 def sample(

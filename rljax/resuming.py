@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rljax import hosts, report, tracking
+from rljax import hosts, kept, report, tracking
 from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
 from rljax.identity import contents, describe
@@ -61,8 +61,8 @@ def begin(run: Run, folder: pathlib.Path) -> bool:
 
     UserError where the folder holds a run of another experiment; what is different is named.
     """
-    latest, kept = _latest(folder)
-    finished = latest is not None and resumed(run, latest, kept).done
+    latest, extra = _latest(folder)
+    finished = latest is not None and resumed(run, latest, extra).done
     accept, experiment = _accepted(run), describe(run)
     before = read_json(folder / "experiment.json")
     if before is not None and latest is None and not _trained(folder):
@@ -77,9 +77,10 @@ def begin(run: Run, folder: pathlib.Path) -> bool:
     else:
         finished_alike = False
     if not finished_alike:
+        content = found_contents(run, folder)
         notes = write_manifest(
             folder,
-            experiment={**experiment, "contents": found_contents(run, folder)},
+            experiment={**experiment, "contents": content},
             seed=run.seed,
             may_change=may_change,
             accept=accept,
@@ -88,6 +89,7 @@ def begin(run: Run, folder: pathlib.Path) -> bool:
         )
         for note in notes:
             print(f"rljax: {note}")
+        kept.keep(folder, run.model, content["model"])
     if finished and jax.process_index() == 0:
         early = "" if latest == run.steps else f" of {run.steps}, where its patience ended"
         print(f"{folder} is finished: step {latest}{early}. More of it: --steps N; anew: --name OTHER")

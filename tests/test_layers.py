@@ -23,6 +23,7 @@ LEVELS = [
     {"objectives", "sampling"},
     {"policy"},
     {"reference", "checkpoint", "progress", "manifest", "plots"},
+    {"kept"},
     {"artefacts", "groups"},
     {"tracking", "tasks", "rewards", "methods", "critics"},
     {"environments"},

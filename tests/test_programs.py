@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,3 +302,31 @@ def test_the_logged_rate_is_that_of_the_update_that_was_made():
         moved.append(before - float(state.params))
     np.testing.assert_allclose(rates, [0.4, 0.4, 0.4, 0.3], rtol=1e-6)
     np.testing.assert_allclose(moved, [0.0, 0.4, 0.0, 0.3], rtol=1e-4)  # Adam's step is the rate for one sign
+
+
+def test_weights_open_without_the_model_that_a_run_began_with(stories, tmp_path, monkeypatch):
+    """Config and tokenizer are kept in the run's folder: export and samples are the same when the model is gone."""
+    for file in stories.iterdir():
+        (tmp_path / "base").mkdir(exist_ok=True)
+        shutil.copyfile(file, tmp_path / "base" / file.name)
+    data.write_jsonl(tmp_path / "texts.jsonl", [{"text": f"{word} and a dog."} for word in WORDS * 2])
+    monkeypatch.chdir(tmp_path)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Mine(offline.SFT):
+        packing: bool = False
+
+    settings = common("base", tmp_path, steps=1, samples=0, out="runs")
+    assert offline.run(Mine(data="texts.jsonl", **settings)) == 0
+    artefacts.export("runs/run", "one")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path.parent)
+    artefacts.export(tmp_path / "runs" / "run", tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert artefacts.sample(str(tmp_path / "runs" / "run"), ["The"], chat=False, max_new_tokens=2)
+    shutil.rmtree(tmp_path / "runs" / "run" / "model")  # a run of before
+    with pytest.raises(ValueError, match=r"began with the model 'base', which is needed"):
+        artefacts.open_run(tmp_path / "runs" / "run")
+    (tmp_path / "elsewhere").rename(tmp_path / "base")
+    assert artefacts.load_run(tmp_path / "runs" / "run")[2] == 1  # from where it was started

@@ -37,6 +37,7 @@ _ASSIGNED = re.compile(
     re.IGNORECASE,
 )
 _RANDOM = re.compile(r"[A-Za-z0-9+/=_-]{20,}")
+_WORD = re.compile(r"[A-Za-z][a-z_-]{2,}")
 _PARTS = re.compile(r"[a-z]+|[A-Z][a-z]+|[A-Z]+|[0-9]+")
 MIXED = 0.28  # changes of kind (lower, upper, digit) a character: names have fewer, random texts more
 
@@ -88,6 +89,8 @@ def _random(text: str) -> bool:
     """Whether all of a text is long and random, as keys are: nothing that one would read out as words."""
     if not _RANDOM.fullmatch(text) or text.startswith(("/", "./", "../")):
         return False
+    if "/" in text and any(_WORD.fullmatch(part) for part in text.split("/")):
+        return False  # a path
     letters = re.sub(r"[^A-Za-z0-9]", "", text)
     changes = sum(len(_PARTS.findall(part)) - 1 for part in re.findall(r"[A-Za-z0-9]+", text))
     digits = sum(letter.isdigit() for letter in letters)

@@ -262,6 +262,7 @@ def test_secrets_are_masked_and_their_change_is_seen(secret, made):
         "experiments/overoptimization_reward_models.py",
         "Once upon a time, Tom had a cat.",
         "objective/scores",
+        "models/snapshots/9f8e7d6c5b4a39281706f5e4d3c2b1a0f1e2d3c4",
         "https://huggingface.co/datasets/a/b",
         "rewards/accuracies_of_2026-11-30T030924",
     ],
