@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from rljax import models
 from rljax.errors import UserError
 from rljax.manifest import read_json, write_json
-from rljax.models import hf, hf_read, hf_write, resolve
+from rljax.models import hf, hf_read, hf_write, resolve, tokenizer_files
 from rljax.policy import Policy
 
 FOLDER, RECORD = "model", "rljax.json"
@@ -34,14 +34,14 @@ def keep(run: pathlib.Path, name: str, content: Mapping[str, Any]) -> None:
     hf_write.write_json(folder / "config.json", plain)
     if path.is_dir() and (path / "generation_config.json").is_file():
         shutil.copy(path / "generation_config.json", folder)
-    hf_write.write_tokenizer(folder, path if path.is_dir() else resolve.load_tokenizer(path))
+    tokenizer_files.write_tokenizer(folder, path if path.is_dir() else resolve.load_tokenizer(path))
     record = {"name": name, "path": str(path.resolve()), "content": dict(content), "source": config.source}
     write_json(folder / RECORD, record)  # last: without it, the folder is not whole
 
 
 def begun(run: str | pathlib.Path, *, mesh: Any, dtype: str) -> Policy | None:
-    """The policy that a run began with, as far as it was kept: its weights are shapes, placed on a mesh where there is one. None for
-    a run that kept nothing.
+    """The policy that a run began with, as far as it was kept: its weights are shapes, placed on a mesh if there is
+    one. None for a run that kept nothing.
     """
     folder = pathlib.Path(run) / FOLDER
     record = read_json(folder / RECORD)

@@ -21,7 +21,7 @@ from rljax.data.progress import track
 from rljax.errors import UserError
 from rljax.identity.values import digest
 from rljax.models import resolve
-from rljax.models.hf_write import TOKENIZER_FILES
+from rljax.models.tokenizer_files import TOKENIZER_FILES
 
 RECENT = 2.0  # seconds: a file that changed so shortly ago may change again within one tick of its clock
 _SAYS_NOTHING = ("_name_or_path", "transformers_version")  # keys of config.json
