@@ -355,6 +355,7 @@ def _checks(
         selfchecks.trained_tokens(tokens, now.tokenizer, now.stop_ids),
         selfchecks.learning_rate(setup.schedule, experiment.steps),
         selfchecks.memory(setup.memory),
+        *selfchecks.positions(now.model.config, program.longest_row(experiment)),
     ]
     with tracker.phase("checking log-probabilities"):
         checks.append(selfchecks.companions(now, tokens))

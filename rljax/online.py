@@ -258,6 +258,7 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
     now = setup.start._replace(params=initial)
     checks = [selfchecks.learning_rate(setup.schedule, run.steps * run.epochs * run.minibatches)]
     checks.append(selfchecks.memory(setup.memory))
+    checks += selfchecks.positions(setup.start.model.config, program.longest_row(run))
     if (decay := getattr(run, "ema", None)) is not None:
         checks.append(selfchecks.moving_average(decay, run.steps))
     with tracker.phase("checking a first rollout"):

@@ -19,6 +19,7 @@ from rljax import data, hosts, models, policy, ranges, sharding, traces, trackin
 from rljax.errors import UserError
 from rljax.identity import contents, describe
 from rljax.manifest import read_json, record_contents, write_json
+from rljax.models import hf
 from rljax.ranges import Count, Natural, Positive, Rate, Seed
 from rljax.types import Mean, TrainState
 
@@ -185,20 +186,39 @@ def _answered(run: Run) -> bool:
 
 def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     """The run's checkpoint on its mesh (in the memory of its hosts, if it waits there), in its dtypes."""
+    check_positions(run, hf.config(run.model))
     loaded = policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype))
     if run.offload_reference:
         loaded = loaded._replace(params=sharding.in_host_memory(loaded.params))
     return loaded._replace(model=models.build(configured(run, loaded.model.config, mesh)))
 
 
+def longest_row(run: Run) -> int:
+    """Tokens that a row of the run may have. Prompts of an environment are cut to a multiple of `policy.BUCKET`."""
+    step = 1 if getattr(run, "environment", None) is None else policy.BUCKET
+    return -(-run.max_prompt // step) * step + run.max_completion
+
+
+def check_positions(run: Run, config: models.ModelConfig) -> None:
+    """UserError where a model that learned a vector for each position has fewer than a row or a sample needs."""
+    longest, plain = longest_row(run), run.max_prompt + run.max_completion
+    rounded = (
+        "" if longest == plain else f" (an environment's max_prompt is rounded up to {longest - run.max_completion})"
+    )
+    asked = {"max_prompt + max_completion": longest}
+    if run.samples and not _answered(run):
+        asked["max_prompt + sample_tokens"] = run.max_prompt + run.sample_tokens
+    for name, tokens in asked.items():
+        if config.learned_positions and tokens > config.max_positions:
+            raise UserError(
+                f"{name} = {tokens} tokens{rounded}, but {run.model} has {config.max_positions} positions: lower them"
+            )
+
+
 def configured(run: Run, config: models.ModelConfig, mesh: Mesh) -> models.ModelConfig:
     """A model's config as this run computes it on this mesh. UserError where it has no room for the run's rows."""
-    longest = run.max_prompt + run.max_completion
-    if config.learned_positions and longest > config.max_positions:
-        raise UserError(
-            f"max_prompt + max_completion = {longest} tokens, but {run.model} has {config.max_positions} positions: "
-            "lower them"
-        )
+    check_positions(run, config)
+    switches = any(rope.kind == "longrope" for rope in config.ropes)
     accelerated = mesh.devices.flat[0].platform != "cpu"
     return dataclasses.replace(
         config,
@@ -206,6 +226,7 @@ def configured(run: Run, config: models.ModelConfig, mesh: Mesh) -> models.Model
         attention=run.attention,
         remat=run.remat,
         unroll=run.unroll,
+        longest_row=longest_row(run) if switches else None,
     )
 
 

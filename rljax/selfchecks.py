@@ -214,6 +214,20 @@ def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
     return Check(rates.max() > 0, said if rates.max() > 0 else f"{said}: nothing would be learned")
 
 
+def positions(config: Any, longest: int) -> list[Check]:
+    """A note where rows are longer than what a rotary model was made for, and nothing stretches its rotation."""
+    if config.learned_positions or longest <= config.max_positions or any(r.kind != "default" for r in config.ropes):
+        return []
+    return [
+        Check(
+            True,
+            f"note: rows have up to {longest} tokens, and the model was made for {config.max_positions} "
+            "(max_position_embeddings) without a scaling of its rotation: beyond them it may write and judge badly. "
+            "Lower max_prompt + max_completion, or set rope_parameters in its config.json",
+        )
+    ]
+
+
 def moving_average(decay: float, iterations: int) -> Check:
     """How much of what is evaluated and exported is still the initial policy when the run ends: decay^iterations."""
     left = decay**iterations

@@ -322,11 +322,17 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             raise UserError(
                 f"{folder} is in use by process {file.read().strip() or '?'}: two must not write to one run. "
                 f"Wait for it, end it, or give this run another name."
+            ) from error
+        except OSError as error:  # network file systems, as they may be mounted
+            raise UserError(
+                f"{folder} cannot be locked ({error.strerror or error}), so nothing would keep another process from "
+                f"writing to this run: its file system has no flock. Mount it with locks (Lustre: -o flock; NFS: "
+                f"without nolock), or give --out a folder on a local disk."
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,5 +1,6 @@
 """A run's directory: the same bytes after a kill, no waiting for the device, locks and signals that are real."""
 
+import errno
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rljax import manifest, metrics, progress, tracking
+from rljax import errors, manifest, metrics, progress, tracking
 from rljax.types import Mean
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -312,6 +313,16 @@ def test_two_processes_never_share_a_run_and_a_killed_one_frees_it(tmp_path):
     with tracking.lock(tmp_path), refused, tracking.lock(tmp_path):
         pass
     with tracking.lock(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(tracking.fcntl, "flock", flock)
+    message = r"cannot be locked \(No locks available\).*its file system has no flock.* --out"
+    with pytest.raises(errors.UserError, match=message), tracking.lock(tmp_path):
         pass
 
 

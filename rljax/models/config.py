@@ -24,7 +24,8 @@ class Rope:
     long_factor: tuple[float, ...] = ()  # longrope, beyond
 
 
-COMPUTED = ("compute_dtype", "attention", "remat", "unroll")  # fields that say how a model is computed, not what it is
+# Fields that say how a model is computed, not what it is.
+COMPUTED = ("compute_dtype", "attention", "remat", "unroll", "longest_row")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class ModelConfig:
     compute_dtype: str = "float32"
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # of rows without a cache: see `models.kernels`
     remat: Literal["none", "dots", "full"] = "none"
+    longest_row: int | None = None  # tokens: all rows get the factors of LongRoPE that it gets; None: by slots
     unroll: int | None = None  # layers per step of the scan; num_layers removes the loop; None: see `layers_at_once`
 
     # where it came from: config.json as read, so that saving gives it back

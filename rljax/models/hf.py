@@ -55,6 +55,12 @@ def abstract(path_or_name: Path, *, mesh: Any = None, dtype: Any) -> tuple[Langu
     return build(_with_source(config, checkpoint, note)), placed(shapes, mesh)
 
 
+def config(path_or_name: Path) -> ModelConfig:
+    """The config of a decoder, of which no weight is read."""
+    checkpoint = _open(path_or_name)
+    return hf_read.config_of(checkpoint.source, checkpoint.where)
+
+
 def placed(shapes: Params, mesh: Any) -> Params:
     """Shapes with the shardings of `rljax.models.RULES` on a mesh; as they are without one."""
     if mesh is None:

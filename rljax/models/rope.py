@@ -22,7 +22,8 @@ def frequencies(rope: Rope, dim: int, length: int) -> np.ndarray:
                 slots, else the short ones                                    LongRoPE, 2402.13753
 
     The choice of longrope's factors is made from the shape of the row (of the cache, when there is one), so a row
-    gets the same ones from its first token to its last: `transformers` switches in the middle of a generation.
+    gets the same ones from its first token to its last: `transformers` switches in the middle of a generation. In a
+    run it is made once, from its longest row (`ModelConfig.longest_row`), so that sampler and trainer have the same.
     """
     inverse = rope.theta ** (-np.arange(0, dim, 2) / dim)
     match rope.kind:
@@ -60,7 +61,7 @@ def _yarn(rope: Rope, inverse: np.ndarray, dim: int) -> np.ndarray:
 def tables(config: ModelConfig, positions: Array, length: int) -> tuple[Array, Array]:
     """Cosines and sines f32[n b 1 t r/2] for positions i32[b t], one table for each of the model's n ropes."""
     dim = config.rotary_dim or config.head_dim
-    inverse = np.stack([frequencies(rope, dim, length) for rope in config.ropes])
+    inverse = np.stack([frequencies(rope, dim, config.longest_row or length) for rope in config.ropes])
     factor = np.asarray([rope.attention_factor for rope in config.ropes], np.float32)[:, None, None, None, None]
     angles = positions.astype(jnp.float32)[None, :, None, :, None] * inverse[:, None, None, None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
