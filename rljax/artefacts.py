@@ -16,7 +16,7 @@ from rljax import filters, kept, policy, sharding
 from rljax.checkpoint import Checkpoints
 from rljax.data import prompt_ids
 from rljax.errors import UserError
-from rljax.manifest import flat, read_json
+from rljax.manifest import flat, read_object
 from rljax.models import folders, hf, hf_write, resolve, scalar_head
 from rljax.types import Params
 
@@ -42,6 +42,9 @@ def open_run(
 ) -> tuple[policy.Policy, Params, int]:
     """As `load_run`, with only the run's own parameters read: of those that it began with there are shapes."""
     experiment = _record(run)
+    folder = pathlib.Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{folder} has no finished checkpoint yet")
     mesh = sharding.mesh_here() if mesh is None else mesh
     start = kept.begun(run, mesh=mesh, dtype=experiment["dtype"])
     if start is None:
@@ -52,7 +55,6 @@ def open_run(
         like = hf.placed({"model": like, "head": head}, mesh)
     for name in reversed(where):
         like = {name: like}
-    folder = pathlib.Path(run) / "checkpoints"
     ranked = {"best_metric": experiment["best"], "best_mode": experiment["best_mode"]}
     with Checkpoints(folder, read_only=True, alone=mesh is None, **ranked) as checkpoints:
         found = [candidate for candidate in (step, checkpoints.best(), checkpoints.latest()) if candidate is not None]
@@ -67,11 +69,11 @@ def open_run(
 def _record(run: str | pathlib.Path) -> dict[str, Any]:
     """experiment.json, as far as it is needed here."""
     path = pathlib.Path(run) / "experiment.json"
-    experiment = read_json(path)
+    experiment = read_object(path)
     if experiment is None:
         raise UserError(f"{run} is not the folder of a run: it has no experiment.json")
-    wanted = {"model": str, "dtype": str, "kind": str, "best_mode": str, "best": str | None}
-    wrong = [k for k, v in wanted.items() if not (isinstance(experiment, dict) and isinstance(experiment.get(k, 0), v))]
+    wanted = {"model": str, "dtype": str, "kind": str, "best_mode": str | None, "best": str | None}
+    wrong = [k for k, v in wanted.items() if not isinstance(experiment.get(k, 0), v)]
     if wrong:
         raise UserError(f"{path} is damaged (no {wrong[0]}); restore it from a copy")
     return experiment

@@ -2,6 +2,9 @@
 
 import logging
 import os
+import pathlib
+import sys
+import tempfile
 
 import jax
 
@@ -13,9 +16,28 @@ def keep_programs() -> None:
     JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(resolve.cache_folder() / "programs"))
+        folder = resolve.cache_folder() / "programs"
+        problem = _unwritable(folder)
+        if problem is not None:
+            print(
+                f"rljax: compiled programs are not kept: {folder} cannot be written ({problem}). RLJAX_CACHE may name "
+                "another folder.",
+                file=sys.stderr,
+            )
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _unwritable(folder: pathlib.Path) -> str | None:
+    """Why no file can be made in a folder, tried; None where one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def hide_false_alarms() -> None:

@@ -21,6 +21,7 @@ from rich.text import Text
 from rljax.errors import UserError
 from rljax.failures import visible
 from rljax.iteration import Trace
+from rljax.manifest import as_written
 from rljax.objectives import clipped_tokens
 from rljax.tracking import read_rows
 from rljax.types import PolicyBatch
@@ -89,6 +90,11 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 def show(run: str | pathlib.Path, step: int | None, console: Console, *, row: int | None = None) -> None:
     """Print the evidence of a step (the last one that has some, if none is named)."""
+    with as_written(run):
+        _show(run, step, console, row=row)
+
+
+def _show(run: str | pathlib.Path, step: int | None, console: Console, *, row: int | None) -> None:
     records = read_rows(pathlib.Path(run) / "evidence.jsonl")
     steps = sorted({record["step"] for record in records})
     if not steps:

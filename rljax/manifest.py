@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -12,12 +13,13 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 import rljax
+from rljax import failures
 from rljax.errors import UserError
 from rljax.identity import masking
 
@@ -191,8 +193,32 @@ def read_json(path: pathlib.Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): a run writes a file there") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it, or restore it from a copy") from error
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """The same of a file that holds a JSON object."""
+    value = read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path} is damaged (it holds a {type(value).__name__}); delete it, or restore it from a copy")
+    return value
+
+
+@contextlib.contextmanager
+def as_written(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Records of a run are read inside; of another shape than a run writes, they are a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise UserError(
+            f"the records in {folder} are not as a run writes them ({failures.described(error)}): experiment.json, "
+            f"manifest.json or a .jsonl file there is damaged; restore it from a copy {failures.EVERYTHING}"
+        ) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -25,6 +26,7 @@ from rljax.types import Mean, TrainState
 
 State = TypeVar("State")  # a pytree of arrays
 PATIENCE = 60.0  # seconds in which all processes are done with an experiment's own `evaluate` if one fails in it
+TOKEN_BYTES = 32  # of host memory for each token of a batch: ids, segments, masks, log-probabilities, and a copy
 ADAM = functools.partial(optax.adamw, weight_decay=0.0)
 
 
@@ -166,8 +168,23 @@ def _check_filled(name: str, function: Any) -> None:
         )
 
 
+def _check_room(run: Run) -> None:
+    """Raise UserError for a batch whose token numbers alone do not fit into this machine: it would be killed."""
+    rows = run.batch * getattr(run, "group", 1) // jax.process_count()
+    needed = rows * (run.max_prompt + run.max_completion) * TOKEN_BYTES
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(
+            f"{rows} rows of max_prompt + max_completion = {run.max_prompt + run.max_completion} tokens need about "
+            f"{needed / 2**30:,.0f} GiB for their numbers alone, and this machine has {there / 2**30:,.0f} GiB: lower "
+            f"batch={run.batch} or the lengths (`rljax plan FILE` says what a run needs of its devices)"
+        )
+
+
 def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:
     """The run's mesh, checked against its batch. devices: others than those here, to compile for them."""
+    if devices is None:
+        _check_room(run)
     mesh = run.mesh() if devices is None else run.mesh(devices=devices)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     parts = shards if _answered(run) else shards * run.microbatches

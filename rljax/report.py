@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 
 from rljax import plots
 from rljax.errors import UserError
-from rljax.manifest import moved, read_json
+from rljax.manifest import as_written, moved, read_object
 from rljax.metrics import define
 from rljax.progress import duration, number, plain, quantity
-from rljax.tracking import read_rows
+from rljax.tracking import read_numbers, read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,22 +40,28 @@ def write_report(
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"There is no run at {folder}; give the directory of a run, such as runs/NAME")
-    metrics, timing = read_rows(folder / "metrics.jsonl"), read_rows(folder / "timing.jsonl")
+    path = folder / "report.md"
+    with as_written(folder):
+        text = _page(folder, sections, figures)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _page(folder: pathlib.Path, sections: Sequence[tuple[str, str]], figures: Sequence[tuple[str, Any]]) -> str:
+    metrics, timing = read_numbers(folder / "metrics.jsonl"), read_numbers(folder / "timing.jsonl")
     samples = read_rows(folder / "samples.jsonl")
     pages = plots.draw_curves(metrics, timing) + [(title, figure) for title, figure in figures]
     parts = [
         f"# {escape(folder.resolve().name)}",
-        "" if sections and not metrics else _summary(metrics, timing, read_json(folder / "experiment.json")),
-        _results(metrics, read_json(folder / "experiment.json")),
+        "" if sections and not metrics else _summary(metrics, timing, read_object(folder / "experiment.json")),
+        _results(metrics, read_object(folder / "experiment.json")),
         *(f"## {escape(title)}\n\n{text.strip()}" for title, text in sections),
         _curves(folder, pages),
         _samples(samples),
-        _experiment(read_json(folder / "experiment.json")),
-        _environment(read_json(folder / "manifest.json")),
+        _experiment(read_object(folder / "experiment.json")),
+        _environment(read_object(folder / "manifest.json")),
     ]
-    path = folder / "report.md"
-    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    return path
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 _MEANING = {ord(character): f"&#{ord(character)};" for character in "&<>\\`*_[]|~$#"}

@@ -132,6 +132,7 @@ def _forget(folder: pathlib.Path) -> None:
     """The record of a run that trained nothing."""
     if jax.process_index() == 0:
         (folder / "experiment.json").unlink(missing_ok=True)
+        print(f"rljax: the run in {folder} had ended before its first step: this one takes its place")
 
 
 def _accepted(run: Run) -> list[str]:

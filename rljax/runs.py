@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from scipy.special import stdtrit
 
 from rljax import plots
 from rljax.errors import UserError
-from rljax.manifest import flat, read_json
-from rljax.tracking import read_rows
+from rljax.failures import visible
+from rljax.manifest import as_written, flat, read_object
+from rljax.tracking import read_numbers, read_rows
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -79,8 +81,12 @@ class Band(NamedTuple):
 
 
 def read(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """What is in these folders, which may still be written to. UserError for one that is no run or is given twice."""
-    paths = [pathlib.Path(folder) for folder in folders]
+    """What is in these folders, which may still be written to. One whose run ended before its first record is passed
+    over, and said. UserError for one that is no run or is given twice.
+    """
+    paths = [path for path in map(pathlib.Path, folders) if not _unbegun(path)]
+    if not paths:
+        raise UserError(f"no run has recorded anything yet in {', '.join(map(str, folders))}")
     for index, path in enumerate(paths):
         if not (path / "metrics.jsonl").is_file():
             inside = sorted(str(file.parent) for file in path.glob("*/metrics.jsonl"))
@@ -88,7 +94,21 @@ def read(folders: Sequence[str | os.PathLike[str]]) -> list[Run]:
             raise UserError(f"{path} is not the folder of a run: it has no metrics.jsonl{hint}")
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise UserError(f"{path} is given twice: it would count as two seeds")
-    return [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    found = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        with as_written(path):
+            found.append(_read(path, name))
+    return found
+
+
+def _unbegun(path: pathlib.Path) -> bool:
+    """Whether a run was meant to be here and ended before it had recorded a step."""
+    begun = ("experiment.json", ".lock", "selfcheck")
+    found = path.is_dir() and not (path / "metrics.jsonl").exists() and any((path / name).exists() for name in begun)
+    found = found or ((path / "metrics.jsonl").is_file() and not read_rows(path / "metrics.jsonl"))
+    if found:
+        print(f"rljax: {visible(str(path))} is passed over: its run ended before its first record", file=sys.stderr)
+    return found
 
 
 def _names(paths: Sequence[pathlib.Path]) -> list[str]:
@@ -102,7 +122,7 @@ def _names(paths: Sequence[pathlib.Path]) -> list[str]:
 
 
 def _read(path: pathlib.Path, name: str) -> Run:
-    experiment, manifest = read_json(path / "experiment.json") or {}, read_json(path / "manifest.json") or {}
+    experiment, manifest = read_object(path / "experiment.json") or {}, read_object(path / "manifest.json") or {}
     session = (manifest.get("sessions") or [{}])[-1]
     git = session.get("rljax_git") or session.get("git")
     found = {f"{package} version": str(version) for package, version in session.get("versions", {}).items()}
@@ -114,8 +134,8 @@ def _read(path: pathlib.Path, name: str) -> Run:
         surroundings={key: value for key, value in found.items() if value},
         seed=manifest.get("seed"),
         steps=experiment.get("steps"),
-        metrics=read_rows(path / "metrics.jsonl"),
-        timing=read_rows(path / "timing.jsonl"),
+        metrics=read_numbers(path / "metrics.jsonl"),
+        timing=read_numbers(path / "timing.jsonl"),
         samples=read_rows(path / "samples.jsonl"),
     )
 

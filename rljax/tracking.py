@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import distributed, extras, progress, traces
+from rljax import distributed, extras, failures, progress, traces
 from rljax.errors import UserError
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
@@ -260,6 +260,19 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return [row for row, _ in _rows(path)] if path.exists() else []
 
 
+def read_numbers(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The same of a file of metrics or of seconds: UserError for a value that is no number (nor null, of metrics)."""
+    nothing = () if pathlib.Path(path).name == "timing.jsonl" else (None,)
+    rows = read_rows(path)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(value, bool) or not (
+                value in nothing or (isinstance(value, int | float) and abs(value) < 1e300)
+            ):
+                raise UserError(f"{path}: {name} of step {row['step']} is no number but {value!r:.60}; mend that line")
+    return rows
+
+
 def truncate_after(path: pathlib.Path, step: int) -> None:
     """Drop the records after `step`, and a last line torn by a kill. Records stand in the order of their steps."""
     if not path.exists():
@@ -306,9 +319,15 @@ def _open_wandb(folder: pathlib.Path, project: str, config: Mapping[str, Any] | 
     if not kept.exists():
         write_json(kept, {"project": project, "id": secrets.token_hex(4)})
     run_id = read_json(kept)["id"]
-    return wandb.init(
-        project=project, id=run_id, name=folder.name, resume="allow", dir=str(folder), config=dict(config or {})
-    )
+    try:
+        return wandb.init(
+            project=project, id=run_id, name=folder.name, resume="allow", dir=str(folder), config=dict(config or {})
+        )
+    except Exception as error:  # its own classes, and those of its HTTP client
+        raise UserError(
+            f"Weights & Biases does not start ({failures.described(error)}): `wandb login`, or WANDB_MODE=offline, or "
+            "leave --wandb out"
+        ) from error
 
 
 @contextlib.contextmanager

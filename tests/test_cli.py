@@ -127,6 +127,11 @@ def test_a_batch_that_does_not_fit_the_mesh_is_refused():
         program.make_mesh(dataclasses.replace(DPO, batch=6))
 
 
+def test_a_batch_that_no_machine_holds_says_what_it_needs():
+    with pytest.raises(UserError, match=r"need about [\d,]+ GiB .* this machine has \d+ GiB: lower batch=2000000000"):
+        program.make_mesh(dataclasses.replace(DPO, batch=2_000_000_000))
+
+
 def test_input_errors_are_one_paragraph(tmp_path, capsys):
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")

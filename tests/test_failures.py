@@ -2,11 +2,13 @@
 
 import errno
 import functools
+import io
 import sys
 
 import pytest
+from rich.console import Console
 
-from rljax import cli, failures, hosts, options
+from rljax import cli, evidence, failures, hosts, options, progress
 from rljax.errors import UserError
 
 HEAD = (
@@ -166,3 +168,19 @@ def test_what_would_steer_a_terminal_is_shown():
     )
     assert "\x1b" not in failures.paragraph(UserError(text))
     assert failures.line(OSError(errno.ENOENT, "no\x1b[2J")) == "FileNotFoundError: [Errno 2] no\\x1b[2J"
+
+
+def test_nothing_on_the_screen_steers_it():
+    """The progress line, what stays, tables of samples and of evidence."""
+    screen = io.StringIO()
+    line = progress.Line(2, shown="r\x1b[2J", console=Console(file=screen, width=200))
+    bad = "a\x1b]0;title\x07\x9b2J\rb"
+    line.status(bad)
+    line.update(1, {"loss": 0.5, "r\x1b[2J": 1.0}, {})
+    line.samples([{"prompt": bad, f"x{bad}": bad, "completion": 1.0}], title=bad)
+    Console(file=screen, width=200).print(
+        evidence._heading({"step": 1, "row": 0, "score": 1.0, "rewards": {bad: 1.0}, "finished": True, "prompt": bad})
+    )
+    text = screen.getvalue()
+    assert not set(text) & {chr(c) for c in (*range(9), *range(11, 32), *range(0x7F, 0xA0))}
+    assert text.count("\\x1b]0;title\\x07\\x9b2J\\x0db") >= 5

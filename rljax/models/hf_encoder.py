@@ -152,6 +152,8 @@ _CLASSIFIER = "ForSequenceClassification"
 def family_of(source: Mapping[str, Any], store: Store) -> tuple[Family, bool]:
     """The family of a checkpoint, and whether it has a classifier; a UserError lists what there is."""
     listed = source.get("architectures") or []
+    if not isinstance(listed, list):
+        raise UserError(f"architectures is a list of names, not {listed!r:.80}")
     for family in FAMILIES:
         if listed:
             if listed[0] in [family.name + ending for ending in (*_BARE, _CLASSIFIER)]:

@@ -94,6 +94,8 @@ def config_of(source: dict[str, Any], where: str) -> ModelConfig:
 
 def _architecture(source: Mapping[str, Any]) -> str:
     listed = source.get("architectures") or []
+    if not isinstance(listed, list):
+        raise UserError(f"architectures is a list of names, not {listed!r:.80}")
     if listed:
         return str(listed[0])
     for family in FAMILIES:

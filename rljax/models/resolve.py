@@ -95,8 +95,11 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def cache_folder() -> pathlib.Path:
-    """$RLJAX_CACHE, or ~/.cache/rljax."""
-    return pathlib.Path(os.environ.get("RLJAX_CACHE") or pathlib.Path.home() / ".cache" / "rljax").expanduser()
+    """$RLJAX_CACHE, or ~/.cache/rljax; UserError where neither is known (a container's user without a home)."""
+    try:
+        return pathlib.Path(os.environ.get("RLJAX_CACHE") or "~/.cache/rljax").expanduser()
+    except RuntimeError as error:
+        raise UserError("this user has no home folder: set HOME, or RLJAX_CACHE=/a/folder for what is kept") from error
 
 
 def origin(path: pathlib.Path) -> str:
