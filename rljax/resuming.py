@@ -39,6 +39,7 @@ FREE = (
     "evidence",
     "reward_timeout",
     "max_rounds",
+    "on_nan",
     "accept_changes",
 )
 ROUNDING = (

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from rljax import artefacts, cli, data, losses, offline, program, sharding, tracking, train
 from rljax.models import hf
@@ -322,7 +323,10 @@ def test_weights_open_without_the_model_that_a_run_began_with(stories, tmp_path,
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path.parent)
     artefacts.export(tmp_path / "runs" / "run", tmp_path / "two")
-    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert artefacts.sample(str(tmp_path / "runs" / "run"), ["The"], chat=False, max_new_tokens=2)
     shutil.rmtree(tmp_path / "runs" / "run" / "model")  # a run of before
