@@ -15,16 +15,18 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from matplotlib.figure import Figure
 
 from rljax import overlays, plots, runs
 from rljax.errors import UserError
 from rljax.metrics import define
 from rljax.progress import duration, number, quantity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).parent
 PAGE = "comparison.html"

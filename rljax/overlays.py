@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from rljax import plots, runs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 LINES = ("-", (0, (4, 2)), (0, (1, 1.2)))  # another one where the colours begin again
 INTERVAL = "interval"  # what is no run or mean
@@ -19,6 +20,8 @@ THIN: dict[str, Any] = {"linewidth": 0.7, "alpha": 0.35}
 
 def over_steps(groups: Sequence[runs.Group], metric: str, interval: str) -> Figure:
     """A metric over the steps. The mean is drawn where all runs of a group have a value."""
+    from matplotlib.ticker import MaxNLocator
+
     with plots.style():
         figure, axis = _figure()
         smooth = False
@@ -83,6 +86,8 @@ def color(index: int) -> str:
 
 
 def _figure() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.2, 3.7), layout="constrained")
     return figure, figure.subplots()
 

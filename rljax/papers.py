@@ -17,14 +17,16 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 
 from rljax import plots, report
 from rljax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Check(NamedTuple):
@@ -84,6 +86,8 @@ def _number(value: float) -> str:
 
 def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (4.4, 3.2), **shared: Any) -> Any:
     """(figure, its axes [rows columns]) in the style of all plots; size: inches of a panel."""
+    from matplotlib.figure import Figure
+
     with plots.style():
         made = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
         axes = made.subplots(rows, columns, squeeze=False, **shared)

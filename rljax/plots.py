@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from rljax.metrics import define
+
+if TYPE_CHECKING:  # a run imports matplotlib, which takes a second, when it draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -79,10 +78,14 @@ def draw_curves(metrics: Rows, timing: Rows = ()) -> list[tuple[str, Figure]]:
 
 def style() -> Any:
     """In its context, figures look like those of reports."""
+    import matplotlib
+
     return matplotlib.rc_context(STYLE)  # pyright: ignore[reportArgumentType]
 
 
 def _page(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> Figure:
+    from matplotlib.figure import Figure
+
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     with style():
@@ -97,6 +100,8 @@ def _page(panels: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> Figu
 
 def _panel(axis: Axes, group: str, curves: Mapping[str, list[tuple[float, float]]]) -> None:
     """One colour for a metric: solid in training (long curves pale, smoothed on top), dashed on held-out data."""
+    from matplotlib.ticker import MaxNLocator
+
     plain = list(dict.fromkeys(name.removeprefix("eval/") for name in curves))
     for name, points in sorted(curves.items(), key=lambda item: item[0].startswith("eval/")):
         steps, values = zip(*points, strict=True)

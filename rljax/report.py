@@ -12,9 +12,7 @@ import pathlib
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from rljax import plots
 from rljax.errors import UserError
@@ -22,6 +20,9 @@ from rljax.manifest import as_written, moved, read_object
 from rljax.metrics import define
 from rljax.progress import duration, number, plain, quantity
 from rljax.tracking import read_numbers, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -149,7 +150,7 @@ def _curves(folder: pathlib.Path, pages: Sequence[tuple[str, Any]]) -> str:
         return ""
     lines = ["## Curves"]
     for title, figure in pages:
-        if isinstance(figure, Figure):
+        if not isinstance(figure, (str, os.PathLike)):
             path = folder / "plots" / (re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png")
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,5 +1,6 @@
 """Strict JAX for every test: eight fake CPU devices, no silent rank promotion, shapes checked in the mathematics."""
 
+import collections
 import gc
 import inspect
 import json
@@ -24,12 +25,16 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax._src.lru_cache import LRUCache  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items):
+    """Files with many slow tests first, so that the workers end together."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not os.environ.get("RLJAX_ALL_TESTS"):
         for item in items:
             if item.get_closest_marker("long"):
@@ -46,6 +51,13 @@ def _put(cache: LRUCache, key: str, value: bytes) -> None:
 
 
 LRUCache.put = _put
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector, which tracing keeps busy, need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +105,17 @@ def few_programs():
     if maps.exists() and maps.read_text().count("\n") > 20_000:
         gc.collect()
         jax.clear_caches()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_pictures(request):
+    """The report of a run has eight pictures, which take longer to draw than a step to make: they stay empty files
+    where a module does not look at them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not re.search(r"png|plots|savefig", inspect.getsource(request.module)):
+            patch.setattr(Figure, "savefig", lambda _, path, **options: pathlib.Path(path).touch())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ import pytest
 from rljax import (
     artefacts,
     cli,
+    collect,
     data,
     models,
     offline,
     online,
+    online_setup,
     policy,
     presets,
     rewards,
@@ -37,13 +40,10 @@ STEPS = 4
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evidence.jsonl")
 
 
-class Trouble:
-    """What the reward `vowels` does at a certain call (1 is the evaluation before training), once."""
-
-    at: int | None = None
-    what: str = ""
-    calls = 0
-    released = threading.Event()
+# What the reward `vowels` does at a certain call (1 is the evaluation before training), once. It is a module, since of
+# what a reward reads all but modules belongs to the experiment.
+Trouble = types.ModuleType("trouble")
+Trouble.at, Trouble.what, Trouble.calls, Trouble.released = None, "", 0, threading.Event()
 
 
 def vowels(prompts, completions):
@@ -87,10 +87,10 @@ def prompts(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(stories, prompts):
+def settings(small, prompts):
     def common(out, **changes):
         return {
-            "model": str(stories),
+            "model": str(small),
             "data": prompts,
             "reward": vowels,
             "steps": STEPS,
@@ -128,6 +128,24 @@ def same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     assert state_bits(one) == state_bits(other)
     for name in RECORDS:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def once():
+    """Equal experiments are compiled once here: what a start of its own compiles, tests with processes see."""
+    compiled, kept = online_setup._compile, {}
+
+    def known(run, *rest):
+        alike = dataclasses.replace(run, out="", name="", save_every=1, reward_timeout=1.0)
+        if collect.queued(run):
+            return compiled(run, *rest)  # and an empty queue with it
+        if repr(alike) not in kept:
+            kept[repr(alike)] = compiled(run, *rest), run  # the latter, so that its functions keep their addresses
+        return kept[repr(alike)][0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online_setup, "_compile", known)
+        yield
 
 
 # --- one PPO run, looked at from all sides ----------------------------------------------------------------------------
@@ -185,6 +203,7 @@ def test_a_run_leaves_what_it_should(finished):
     assert cli.main(["report", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_the_same_run_again_does_nothing_and_another_is_refused(finished):
     experiment, run = finished
     before = {name: (run / name).read_bytes() for name in RECORDS}
@@ -211,12 +230,13 @@ def test_inspect_shows_what_was_trained(finished, capsys):
     assert "step 2, row 0" not in shown
 
 
-def test_what_is_exported_is_the_average(finished, stories, tmp_path):
+@pytest.mark.slow
+def test_what_is_exported_is_the_average(finished, small, tmp_path):
     """With `ema` the weights to use are their average; it opens again and writes."""
     experiment, run = finished
     assert artefacts.export(run, tmp_path / "exported") == STEPS
     _, exported = hf.load(tmp_path / "exported", dtype="float32")
-    _, before = hf.load(stories)
+    _, before = hf.load(small)
     moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(abs(a - b).max()), exported, before)))
     assert 1e-5 < moved < 1e-2
     _, params, _ = artefacts.load_run(run)
@@ -268,6 +288,7 @@ def interrupted(experiment, cause, at, what):
     return saved, None if what == "sigterm" else str(error.value)
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_stops_the_run_after_saving(finished, settings, trouble, tmp_path):
     """In the second iteration, before any regular checkpoint: the same command goes on to the same bits."""
     saved, message = interrupted(ppo(settings, tmp_path), trouble, 3, "raise")
@@ -500,11 +521,11 @@ def test_ptx_beside_the_rollouts(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_critic_from_a_reward_model(settings, stories, tmp_path):
+def test_a_critic_from_a_reward_model(settings, small, tmp_path):
     """A folder, or a run of `offline.RewardModel`: values begin as its scores, through its own head."""
-    model, params = hf.load(stories, dtype="float32")
+    model, params = hf.load(small, dtype="float32")
     head = models.scalar_head(model.config.hidden_size).init(jax.random.key(1))
-    start = policy.load(str(stories))
+    start = policy.load(str(small))
     hf.save_reward(tmp_path / "rm", model, {"model": params, "head": head}, tokenizer=start.tokenizer)
     assert online.run(online.PPO(**settings(tmp_path), critic=str(tmp_path / "rm"))) == 0
     learned(tmp_path / "run")

@@ -19,14 +19,18 @@ PROGRAMS = ("packed", "reward", "dpo_fresh", "kto", "ppo", "grpo_device", "both"
 SHORT = ("--steps", "2", "--no-checks", "--samples", "2", "--max-completion", "8")
 
 
+# What two processes do on a mesh in test_offline.py and test_online.py is not done again; every other kind of mesh is.
+FEW = {"packed": "data", "ppo": "three", "dapo": "context", "online_dpo": "wide", "raft": "long"}
+
+
 def meshes(program: str) -> list[str]:
-    """One of six for each program, so that each mesh has one or two; all with RLJAX_ALL_TESTS (ten minutes)."""
-    if os.environ.get("RLJAX_ALL_TESTS"):
-        return list(MESHES)
-    return [list(MESHES)[(PROGRAMS.index(program) + 1) % len(MESHES)]]
+    """One for each of a few programs; with RLJAX_ALL_TESTS all for all of them (ten minutes)."""
+    return list(MESHES) if os.environ.get("RLJAX_ALL_TESTS") else [FEW[program]]
 
 
-@pytest.fixture(scope="module", params=PROGRAMS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in FEW else pytest.mark.long) for name in PROGRAMS]
+)
 def alone(request, small, tmp_path_factory):
     """(the file of an experiment, its run on one device)."""
     folder = tmp_path_factory.mktemp(request.param)
