@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rljax import data, episodes, hosts, judges, policy, program, prompts, settings, shaping, tracking
+from rljax import data, episodes, hosts, iteration, judges, policy, program, prompts, settings, shaping, tracking
 from rljax.errors import UserError
 from rljax.iteration import Learner, exported
 from rljax.program import Progress
@@ -126,7 +126,8 @@ def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.
     source = setup.sampler.source.rows
     rows = source.select(np.arange(run.normalize_reference) % len(source))
     with tracker.phase(f"normalising the reward on {len(rows)} samples of the policy"):
-        scores = write(run, setup, learner, rows, run.seed + 1).total
+        written = write(run, setup, learner, rows, run.seed + 1)
+        scores = np.asarray(iteration.shortened(run, written.total, written.lengths))  # what the moments are applied to
     moments = shaping.update_moments(learner.moments, scores, ~np.isnan(scores))
     std = float(np.sqrt(moments.variance()))
     tracker.status(f"reward before normalising: mean {float(moments.mean):.3f}, std {std:.3f}")

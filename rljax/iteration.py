@@ -214,12 +214,12 @@ def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tup
     applies, greedy = ~jnp.isnan(verdict.total), verdict.greedy
     if greedy is not None:
         applies &= ~jnp.isnan(greedy.total)
-    scores = _shortened(run, jnp.where(applies, verdict.total, 0.0), rollout.tokens.mask.sum(1))
+    scores = shortened(run, jnp.where(applies, verdict.total, 0.0), rollout.tokens.mask.sum(1))
     if run.normalize_running:
         moments = shaping.update_moments(moments, scores, applies)
     alone, scale = None, (_scaled(run, moments, jnp.ones(1)) - _scaled(run, moments, jnp.zeros(1)))[0]
     if greedy is not None:
-        alone = _scaled(run, moments, _shortened(run, greedy.total, greedy.lengths))
+        alone = _scaled(run, moments, shortened(run, greedy.total, greedy.lengths))
         alone = jnp.where(applies, _limited(run, alone, greedy.finished), 0.0)
     judged = Judged(
         scores=jnp.where(applies, _limited(run, _scaled(run, moments, scores), rollout.finished), 0.0),
@@ -230,7 +230,8 @@ def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tup
     return judged, moments
 
 
-def _shortened(run: Any, scores: Array, lengths: Array) -> Array:
+def shortened(run: Any, scores: Any, lengths: Any) -> Any:
+    """Scores [b] after the penalty for overlong completions, where the run has one: what normalisation is about."""
     if run.overlong_buffer is None:
         return scores
     return scores + shaping.overlong_penalty(lengths, max_length=run.max_completion, buffer=run.overlong_buffer)

@@ -349,7 +349,7 @@ def _rollout_metrics(rollout: Rollout, notes: Notes, judged: Judged, run: Any) -
     if run.group > 1:
         groups, applies = (x.reshape(-1, run.group) for x in (judged.scores, real))
         high, low = jnp.where(applies, groups, -jnp.inf).max(1), jnp.where(applies, groups, jnp.inf).min(1)
-        found["frac_reward_zero_std"] = share(high <= low)
+        found["frac_reward_zero_std"] = share(high <= low, applies.any(1))
     return found
 
 

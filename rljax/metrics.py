@@ -33,11 +33,11 @@ METRICS: dict[str, Definition] = {
     "accuracy": Definition(
         "Share of comparisons whose best response has the strictly highest score", "", "higher", "accuracy"
     ),
-    "margin": Definition("Score of the best response minus the mean score of the others", "", "higher", "margin"),
+    "margin": Definition("Score of the best response minus the highest of the others", "", "higher", "margin"),
     "reward/mean": Definition("Mean score that the experiment's own evaluation gives", group="reward"),
     "reward/std": Definition("Standard deviation of the scores", group="reward"),
-    "reward/chosen": Definition("Mean score of the preferred responses", group="reward"),
-    "reward/rejected": Definition("Mean score of the other responses", group="reward"),
+    "reward/best": Definition("Mean score of the preferred responses", group="reward"),
+    "reward/others": Definition("Mean over prompts of the highest score of the other responses", group="reward"),
     "rewards/chosen": Definition(f"{_REWARD}: its mean over preferred (KTO: desirable) responses", group="rewards"),
     "rewards/rejected": Definition(f"{_REWARD}: its mean over rejected (KTO: undesirable) responses", group="rewards"),
     "rewards/margins": Definition("Mean of the preferred response's reward minus the other's", "", "higher", "rewards"),
@@ -132,7 +132,8 @@ METRICS: dict[str, Definition] = {
         group="explained",
     ),
     "frac_reward_zero_std": Definition(
-        "Share of prompts whose completions all score alike, so that group-relative advantages are 0", group="share"
+        "Share of prompts, of those with a reward, whose completions all score alike: group-relative advantages are 0",
+        group="share",
     ),
     "rewards/none_ratio": Definition("Share of completions that no reward applies to: untrained", group="share"),
     "sampling/logp_difference": Definition(

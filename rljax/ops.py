@@ -59,42 +59,101 @@ def finite_exp(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return jnp.exp(jnp.minimum(x, bound)) + math.exp(bound) * jax.nn.relu(x - bound)
 
 
-def _softmax_dot(logits: Array, logsumexp: Array, x: Array) -> Array:
-    return jnp.sum(jnp.exp(as_float(logits) - logsumexp[..., None]) * as_float(x), axis=-1)
+# The logarithm of a softmax, exact where a token is nearly certain: log Σ exp(x − max) is log1p of the terms other than
+# the largest one, since 1 + 1e-8 is 1 in float32. Backward passes keep the logits as they came and [b t] numbers, and
+# form the softmax again where it is used: plain autodiff would keep a float32 [b t v].
+
+
+def _peak(logits: Array) -> Array:
+    """The largest logit, [… 1]; 0 where none is finite."""
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.where(jnp.isfinite(peak), peak, 0.0)
+
+
+def _is(ids: Array, logits: Array) -> Array:
+    return ids[..., None] == jax.lax.broadcasted_iota(ids.dtype, logits.shape, logits.ndim - 1)
+
+
+def _chosen(logits: Array, ids: Array) -> tuple[Array, Array, Array]:
+    """(log softmax(logits)[ids], log Σ exp(logits − max), max [… 1]). One sum over the vocabulary, without the chosen:
+    log1p(Σ_{v ≠ id} exp d_v + exp d_id − 1), d = logits − max, is exact whenever the chosen token is the likeliest.
+    """
+    taken = jnp.take_along_axis(logits, ids[..., None], axis=-1, mode="fill", fill_value=jnp.nan)
+    logits, peak = as_float(logits), _peak(as_float(logits))
+    below = (as_float(taken) - peak)[..., 0]
+    others = jnp.sum(jnp.where(_is(ids, logits), 0.0, jnp.exp(logits - peak)), axis=-1)
+    size = jnp.log1p(others + jnp.expm1(below))
+    return below - size, size, peak
 
 
 @jax.custom_jvp
-def _logsumexp(logits: Array) -> Array:
-    return jax.nn.logsumexp(as_float(logits), axis=-1)
+def _chosen_logps(logits: Array, ids: Array) -> Array:
+    return _chosen(logits, ids)[0]
 
 
-@_logsumexp.defjvp
-def _logsumexp_jvp(primals, tangents):
-    # Plain autodiff would keep exp(logits - max), a float32 [b t v], for the backward pass. This keeps the logits as
-    # they came and the [b t] result, and forms the softmax again where it is used.
-    out = _logsumexp(*primals)
-    return out, jax.checkpoint(_softmax_dot)(*primals, out, *tangents)
+@jax.checkpoint
+def _others_dot(logits: Array, ids: Array, size: Array, peak: Array, moved: Array) -> Array:
+    p = jnp.where(_is(ids, logits), 0.0, jnp.exp((as_float(logits) - peak) - size[..., None]))
+    return jnp.sum(p * as_float(moved), axis=-1)
+
+
+@_chosen_logps.defjvp
+def _chosen_logps_jvp(primals, tangents):
+    logits, ids = primals
+    logps, size, peak = _chosen(logits, ids)
+    own = jnp.take_along_axis(tangents[0], ids[..., None], axis=-1, mode="fill", fill_value=0.0)[..., 0]
+    return logps, -jnp.expm1(logps) * as_float(own) - _others_dot(logits, ids, size, peak, tangents[0])
 
 
 def aligned_logps(logits: Real[ArrayLike, "*s v"], ids: Integer[ArrayLike, "*s"]) -> Float[Array, "*s"]:
     """log softmax(logits)[ids], for logits that already stand at the token they predict (no shift).
 
-    The gathered logit minus the logsumexp: no float32 array with a vocabulary axis outlives the call, backward pass
-    included. An id beyond the vocabulary gives NaN, not a wrong token's number.
+    Exact to rounding for nearly certain tokens too, as is the gradient, 1 − p at the token itself. No float32 array
+    with a vocabulary axis outlives the call, backward pass included. An id beyond the vocabulary gives NaN, not a wrong
+    token's number.
     """
-    logits, ids = jnp.asarray(logits), jnp.asarray(ids)[..., None]
-    chosen = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-    return as_float(chosen) - _logsumexp(logits)
+    return _chosen_logps(jnp.asarray(logits), jnp.asarray(ids))
 
 
-@jax.checkpoint  # the backward pass keeps the logits as they came, not float32 copies of them
+@jax.custom_jvp
+def log_softmax(logits: Real[ArrayLike, "*s v"]) -> Float[Array, "*s v"]:
+    """log softmax(logits) over the last axis, exact to rounding where one of them is nearly certain."""
+    below = as_float(logits) - _peak(as_float(logits))
+    ties = jnp.sum(below == 0, axis=-1, keepdims=True) - 1
+    return below - jnp.log1p(jnp.sum(jnp.where(below == 0, 0.0, jnp.exp(below)), axis=-1, keepdims=True) + ties)
+
+
+@log_softmax.defjvp
+def _log_softmax_jvp(primals, tangents):
+    logps, moved = log_softmax(*primals), as_float(tangents[0])
+    return logps, moved - jnp.sum(jnp.exp(logps) * moved, axis=-1, keepdims=True)
+
+
+@jax.custom_jvp
+def _entropy(logits: Array) -> Array:
+    logps = log_softmax(logits)
+    return -jnp.sum(jnp.where(logps > -jnp.inf, jnp.exp(logps) * logps, 0.0), axis=-1)
+
+
+@jax.checkpoint
+def _entropy_slope(logits: Array, entropy: Array, moved: Array) -> Array:
+    logps = log_softmax(logits)
+    slope = jnp.where(logps > -jnp.inf, jnp.exp(logps) * (logps + entropy[..., None]), 0.0)
+    return -jnp.sum(slope * as_float(moved), axis=-1)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    entropy = _entropy(*primals)
+    return entropy, _entropy_slope(*primals, entropy, *tangents)
+
+
 def aligned_entropy(logits: Real[ArrayLike, "*s v"]) -> Float[Array, "*s"]:
-    """−Σ_v p log p in nats, p = softmax(logits), for logits that already stand at the token they predict (no shift)."""
-    logits = as_float(logits)
-    logps = logits - _logsumexp(logits)[..., None]
-    possible = logps > -jnp.inf
-    logps = jnp.where(possible, logps, 0.0)
-    return -jnp.sum(jnp.where(possible, jnp.exp(logps) * logps, 0.0), axis=-1)
+    """−Σ_v p log p in nats, p = softmax(logits), for logits that already stand at the token they predict (no shift).
+
+    Exact to rounding where one token is nearly certain.
+    """
+    return _entropy(jnp.asarray(logits))
 
 
 def token_logps(logits: Real[ArrayLike, "b t v"], ids: Integer[ArrayLike, "b t"]) -> Float[Array, "b t"]:

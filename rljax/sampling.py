@@ -349,8 +349,13 @@ def _draw(
     block = _pick(sums, uniform[:, 0])
     weights = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
     inside = _pick(weights, uniform[:, 1])
-    logp = jnp.log(jnp.take_along_axis(weights, inside[:, None], axis=1)[:, 0]) - jnp.log(jnp.sum(sums, axis=-1))
-    return (block * BLOCK + inside).astype(jnp.int32), jnp.where(greedy, 0.0, logp)
+    token = block * BLOCK + inside
+    # As in `ops.aligned_logps`: what was not drawn is added up apart, so that a nearly certain token keeps it.
+    elsewhere = jnp.sum(jnp.where(jnp.arange(sums.shape[1]) == block[:, None], 0.0, sums), axis=-1)
+    beside = jnp.sum(jnp.where(jnp.arange(BLOCK) == inside[:, None], 0.0, weights), axis=-1)
+    below = (jnp.take_along_axis(logits, token[:, None], axis=1) - peak)[:, 0]
+    logp = below - jnp.log1p(elsewhere + beside + jnp.expm1(below))
+    return token.astype(jnp.int32), jnp.where(greedy, 0.0, logp)
 
 
 def _pick(weights: Array, uniform: Array) -> Array:

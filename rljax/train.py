@@ -207,16 +207,17 @@ def _accumulate(sums: Callable[[Any], Any], pieces: Any, microbatches: int) -> A
 
 def _divided(loss_fn: Any, weights: Any = None, *, share: float = 1.0) -> LossFn:
     """Several Means as one: each total over its weight, of the whole batch or else its own; the weights of all pieces
-    sum to 1. A single Mean stays what it is.
+    sum to 1, or to 0 where none of the Means has any weight. A single Mean stays what it is.
     """
 
     def divided(params: Params, piece: Any) -> tuple[Mean, Metrics]:
         parts, metrics = loss_fn(params, piece)
         if isinstance(parts, Mean):
             return parts, metrics
-        whole = _nonzero([part.weight for part in parts]) if weights is None else weights
-        total = sum((part.total / weight for part, weight in zip(parts, whole, strict=True)), jnp.zeros(()))
-        return Mean(total=total, weight=jnp.full((), share)), metrics
+        whole = [jax.lax.stop_gradient(part.weight) for part in parts] if weights is None else weights
+        total = sum((part.total / _nonzero(weight) for part, weight in zip(parts, whole, strict=True)), jnp.zeros(()))
+        trained = functools.reduce(jnp.logical_or, [weight != 0 for weight in whole])
+        return Mean(total=total, weight=jnp.where(trained, share, 0.0)), metrics
 
     return divided
 
@@ -225,13 +226,12 @@ def _weights(loss_fn: Any, params: Params, pieces: Any, microbatches: int) -> li
     """Those of several Means in the whole batch. They do not depend on the parameters, so the pass that adds them up
     costs nothing: the compiler drops the rest.
     """
-    return _nonzero(
-        _accumulate(lambda piece: [part.weight for part in loss_fn(params, piece)[0]], pieces, microbatches)
-    )
+    weights = _accumulate(lambda piece: [part.weight for part in loss_fn(params, piece)[0]], pieces, microbatches)
+    return [jax.lax.stop_gradient(weight) for weight in weights]
 
 
-def _nonzero(weights: list[Array]) -> list[Array]:
-    return [jax.lax.stop_gradient(jnp.where(weight == 0, 1.0, weight)) for weight in weights]
+def _nonzero(weight: Array) -> Array:
+    return jnp.where(weight == 0, 1.0, weight)
 
 
 def _cut(x: Array, pieces: int, together: int) -> Array:

@@ -390,6 +390,8 @@ def test_rows_without_a_reward_leave_their_group_to_the_others():
     # lengths are those of all completions; the one reward of the third group has nothing to differ from
     assert metrics["completions/mean_length"] == pytest.approx(sum(LENGTHS) / 12)
     assert metrics["frac_reward_zero_std"] == pytest.approx(2 / 3)
+    total[2] = np.nan  # a group that no reward applies to is not one of equal scores: the first differs, the second not
+    assert group_batch(total, advantage=DR_GRPO)[1]["frac_reward_zero_std"] == pytest.approx(1 / 2)
     for mode in ("seq_mean_token_mean", "seq_mean_token_sum"):  # means over the rows that are trained
         method = group_method(group_run(aggregate=mode))
         assert float(method.loss_fn(method.params, batch)[0].weight) == 8

@@ -1,5 +1,6 @@
 """Shifting, masked statistics, aggregation."""
 
+import decimal
 import functools
 
 import jax
@@ -39,6 +40,49 @@ def test_token_logps_survive_extreme_and_impossible_logits():
     logps, slope = jax.value_and_grad(lambda x: ops.token_logps(x, np.asarray([[1, 0, 2]])).sum())(logits)
     assert logps == pytest.approx(-np.log(2))  # certainty, then one of two
     np.testing.assert_allclose(slope, [[[0, 0, 0], [-0.5, 0, 0.5], [0, 0, 0]]], atol=1e-6)
+
+
+CERTAIN = [[20.0, 10.0], [-60.0, -90.0], [1000.0, 985.0, 980.0], [5.0, 5.0, 5.0], [3.0, 1.0, 3.0, -7.0], [40.0, 0.0]]
+
+
+def exactly(logits):
+    """(log p, entropy, slopes of log p by token, slope of the entropy) with fifty digits."""
+    with decimal.localcontext() as context:
+        context.prec = 50
+        powers = [decimal.Decimal(x).exp() for x in logits]
+        p = [x / sum(powers) for x in powers]
+        logp = [x.ln() for x in p]
+        entropy = -sum(x * y for x, y in zip(p, logp, strict=True))
+        slopes = [[float((i == j) - p[j]) for j in range(len(p))] for i in range(len(p))]
+        bends = [float(-x * (y + entropy)) for x, y in zip(p, logp, strict=True)]
+        return [float(x) for x in logp], float(entropy), slopes, bends
+
+
+def test_nearly_certain_tokens_keep_what_is_left_of_them():
+    """float32 to its rounding: of [20, 10] the first has −4.54e-5 and the entropy is 4.99e-4."""
+    logps, entropies, certainties = (jax.jit(f) for f in (ops.aligned_logps, ops.aligned_entropy, ops.log_softmax))
+    slope = jax.jit(jax.grad(lambda x, i: ops.aligned_logps(x, i)))
+    entropy_slope = jax.jit(jax.grad(ops.aligned_entropy))
+    for logits in CERTAIN:
+        x = np.pad(np.float32(logits), (0, 4 - len(logits)), constant_values=-np.inf)  # one shape, one compilation
+        logp, entropy, slopes, bends = exactly(logits)
+        n, exact = len(logits), functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-38)
+        exact(certainties(x)[:n], logp)
+        exact(entropies(x), entropy)
+        exact(entropy_slope(x)[:n], bends, atol=1e-7 if entropy > 0.5 else 1e-38)
+        for i in range(n):
+            exact(logps(x, i), logp[i])
+            exact(slope(x, i)[:n], slopes[i])
+
+
+def test_curvature_of_a_log_probability():
+    """The second derivative of log p is −(diag p − p pᵀ), whichever token."""
+    with jax.enable_x64(True):
+        x = np.asarray([1.0, -0.5, 2.0])
+        p = np.exp(x) / np.exp(x).sum()
+        for i in range(3):
+            bend = jax.hessian(lambda x, i=i: ops.aligned_logps(x, i))(x)
+            np.testing.assert_allclose(bend, np.outer(p, p) - np.diag(p), atol=1e-12)
 
 
 def test_an_id_beyond_the_vocabulary_is_nan_and_not_a_neighbour():

@@ -294,6 +294,23 @@ def test_microbatches_are_exact_for_several_means(microbatches):
     chex.assert_trees_all_close(values(whole_metrics), values(cut_metrics), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_several_means_without_weight_move_nothing(microbatches):
+    """As one Mean of weight 0 does: momentum from earlier updates stays where it is."""
+
+    def loss_fn(params, batch):
+        loss = Mean(total=(params["w"] * batch).sum(), weight=jnp.abs(batch).sum())
+        return (loss, loss), {}
+
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    update = train.make_update(loss_fn, optimizer, microbatches=microbatches)
+    moved, _ = update(train.init_state({"w": jnp.ones(())}, optimizer), jnp.ones(2))
+    assert moved.params["w"] == pytest.approx(0.8)
+    before = jax.tree.map(np.asarray, (moved.params, moved.opt_state))
+    after, _ = update(moved, jnp.zeros(2))
+    chex.assert_trees_all_equal(before, (after.params, after.opt_state))
+
+
 def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
     """∇ (policy loss + 3 · mean pretraining loss), computed apart and added by hand."""
     batch, params = ptx_batch(), tiny.bigram_params()

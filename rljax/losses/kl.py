@@ -1,12 +1,11 @@
 """KL divergences: estimated from samples (a penalty), or summed over the whole vocabulary (distillation)."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float, Real
 
 from rljax.errors import UserError
-from rljax.ops import Scalar, as_float, finite_expm1, require_positive
+from rljax.ops import Scalar, as_float, finite_expm1, log_softmax, require_positive
 
 
 def kl_penalty(
@@ -74,8 +73,8 @@ def distillation_loss(
     temperature² (Hinton's); multiply if you sweep the temperature. Raises UserError for an unknown divergence.
     """
     require_positive(temperature=temperature)
-    student = jax.nn.log_softmax(as_float(student_logits) / temperature, axis=-1)
-    teacher = jax.nn.log_softmax(as_float(teacher_logits) / temperature, axis=-1)
+    student = log_softmax(as_float(student_logits) / temperature)
+    teacher = log_softmax(as_float(teacher_logits) / temperature)
     match divergence:
         case "forward_kl":
             return _kl(teacher, student)

@@ -1,11 +1,10 @@
 """Reward modelling: scores [b] or [b k] of responses to the same prompt -> loss [b]."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import ArrayLike, Float, Integer, Real
 
-from rljax.ops import Scalar, as_float
+from rljax.ops import Scalar, aligned_logps, as_float
 
 
 def bradley_terry_loss(
@@ -24,6 +23,4 @@ def best_of_k_loss(scores: Real[ArrayLike, "b k"], best: Integer[ArrayLike, " b"
 
     scores: [b k]; best: index of the chosen response [b]. With k = 2 it is `bradley_terry_loss`.
     """
-    scores = as_float(scores)
-    best_score = jnp.take_along_axis(scores, jnp.asarray(best)[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(scores, axis=1) - best_score
+    return -aligned_logps(scores, best)
