@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -53,6 +54,9 @@ def open_run(
     if experiment["kind"] == "RewardModel":
         head = jax.eval_shape(scalar_head(start.model.config.hidden_size).init, jax.random.key(0))
         like = hf.placed({"model": like, "head": head}, mesh)
+    plain = like
+    if "ema" in where:  # an average is kept in float32
+        like = jax.tree.map(_wide, like)
     for name in reversed(where):
         like = {name: like}
     ranked = {"best_metric": experiment["best"], "best_mode": experiment["best_mode"]}
@@ -63,7 +67,11 @@ def open_run(
         state, _ = checkpoints.restore(found[0], like, partial=True)
     for name in where:
         state = state[name]
-    return start, state, found[0]
+    return start, jax.tree.map(lambda x, p: x if x.dtype == p.dtype else x.astype(p.dtype), state, plain), found[0]
+
+
+def _wide(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, jnp.float32), sharding=x.sharding)
 
 
 def _record(run: str | pathlib.Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Iteration(NamedTuple):
 def init_learner(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> Learner:
     """Before the first iteration."""
     state = train.init_state(params, optimizer)
-    average = jax.tree.map(jnp.copy, decoder_params(state.params)) if ema else None
+    average = jax.tree.map(jnp.copy, train.wide(decoder_params(state.params))) if ema else None
     return Learner(
         iterations=jnp.zeros((), jnp.int32),
         train=state,
@@ -198,7 +198,10 @@ def _where(
 
 def exported(learner: Learner) -> Params:
     """The policy's weights that are evaluated and exported: their average, where the run keeps one."""
-    return decoder_params(learner.train.params) if learner.ema is None else learner.ema
+    params = decoder_params(learner.train.params)
+    if learner.ema is None:
+        return params
+    return jax.tree.map(lambda a, p: a if a.dtype == p.dtype else a.astype(p.dtype), learner.ema, params)
 
 
 def greedy_verdict(total: Any, rollout: Rollout, group: int) -> Greedy:

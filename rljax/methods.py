@@ -19,6 +19,7 @@ from jax import Array
 from rljax import advantages, groups, losses, models, objectives, ops, views
 from rljax.filters import Sampling
 from rljax.groups import NONE, Shares
+from rljax.objectives.tryouts import check_form, name_of
 from rljax.types import (
     LanguageModel,
     LossFn,
@@ -130,6 +131,7 @@ def policy_gradient(
         rewards, metrics = _token_rewards(run, rollout, notes, judged, kl_factor)
         if "mask" in names:
             gained = run.advantage(rewards, mask)
+            check_form("advantage", name_of(run.advantage), gained, rewards)
         else:
             whole = jnp.where(mask.any(1), ops.sequence_sum(rewards, mask), judged.scores)
             gained = jnp.where(mask, _compare(run, names, whole, judged)[:, None], 0.0)
@@ -331,6 +333,7 @@ def _compare(run: Any, names: Any, rewards: Array, judged: Judged) -> Array:
     if judged.greedy is not None and "greedy" in names:
         more["greedy"] = judged.greedy.reshape(-1, run.group)[:, 0]
     given = run.advantage(groups, **more)
+    check_form("advantage", name_of(run.advantage), given, groups)
     return jnp.where(applies, given, 0.0).reshape(-1)
 
 

@@ -36,6 +36,7 @@ from rljax import (
 from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
 from rljax.identity import base_kind
+from rljax.objectives import tryouts
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
 from rljax.ranges import Coefficient, Natural
@@ -102,8 +103,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     0, or 128 + the number of the signal (Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) that ended the run: saved, to be resumed by
     the same command.
     """
-    _check_kind(experiment)
-    program.check_settings(experiment)
+    check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         if not resuming.begin(experiment, folder):
@@ -129,8 +129,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
 
 def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     """Only what a run does before its first step: set everything up, check it, say what was found."""
-    _check_kind(experiment)
-    program.check_settings(experiment)
+    check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with (
         tracking.lock(folder),
@@ -139,7 +138,11 @@ def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     ):
         setup = set_up(experiment, mesh, folder, tracker)
         written = _write(experiment, setup, setup.state, tracker)
-        return 0 if selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status) else 1
+        return (
+            0
+            if selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status, experiment.waive)
+            else 1
+        )
 
 
 def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tracker) -> Setup:
@@ -173,6 +176,18 @@ def keeps_initial(run: Run) -> bool:
     """Whether initial weights are looked at once training has begun. Cached log-probabilities stand for them."""
     fresh = isinstance(run, Preference) and run.reference and not run.cache_reference
     return fresh or run.evaluate is not None or (isinstance(run, RewardModel) and run.normalize > 0)
+
+
+def check(experiment: Run) -> None:
+    """Raise UserError for settings that cannot work, before anything is loaded."""
+    _check_kind(experiment)
+    program.check_settings(experiment)
+    if isinstance(experiment, Preference):
+        tryouts.pairs(experiment.loss, reference=experiment.reference)
+    if isinstance(experiment, Unpaired):
+        tryouts.unpaired(experiment.loss)
+    if isinstance(experiment, RewardModel):
+        tryouts.comparison(experiment.loss)
 
 
 def _check_kind(experiment: Run) -> None:
@@ -232,8 +247,8 @@ def _begin(
         return state, program.resumed(experiment, latest, progress)
     state = _normalized(experiment, setup, setup.state, tracker)
     written = _write(experiment, setup, state, tracker)
-    if experiment.checks and not selfchecks.report(_checks(experiment, setup, written, tracker), tracker.status):
-        raise UserError("a check failed (above): mend its cause, or train all the same with --no-checks")
+    if experiment.checks:
+        selfchecks.require(_checks(experiment, setup, written, tracker), tracker.status, experiment.waive)
     _evaluate(experiment, setup, state, Progress(), tracker, 0)
     _measure(experiment, setup, state, written, tracker, 0, "before")
     return state, Progress()
@@ -352,7 +367,7 @@ def _checks(
     decoder = params["model"] if isinstance(experiment, RewardModel) else params
     now = setup.policy._replace(params=decoder)
     checks = [
-        selfchecks.trained_tokens(tokens, now.tokenizer, now.stop_ids),
+        selfchecks.trained_tokens(tokens, now.tokenizer, now.stop_ids, budget=experiment.max_completion),
         selfchecks.learning_rate(setup.schedule, experiment.steps),
         selfchecks.memory(setup.memory),
         *selfchecks.positions(now.model.config, program.longest_row(experiment)),

@@ -40,7 +40,6 @@ from rljax import (
     views,
 )
 from rljax.checkpoint import Checkpoints
-from rljax.errors import UserError
 from rljax.iteration import Learner, Trace
 from rljax.online_setup import Setup, set_up
 from rljax.program import Evaluation, Progress
@@ -99,7 +98,7 @@ def selfcheck(experiment: Sampled, file: str | pathlib.Path | None = None) -> in
         tracking.Tracker(folder / "selfcheck", total_steps=experiment.steps, tensorboard=False) as tracker,
     ):
         setup = set_up(experiment, mesh, folder, tracker, stop)
-        return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status) else 1
+        return 0 if selfchecks.report(_checks(experiment, setup, tracker), tracker.status, experiment.waive) else 1
 
 
 def _tracker(run: Sampled, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:
@@ -128,8 +127,8 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
             tracker.take_back(latest)
         return State(state["learner"], queue), progress
     learner = setup.learner
-    if run.checks and not selfchecks.report(_checks(run, setup, tracker), tracker.status):
-        raise UserError("a check failed (above): mend its cause, or train all the same with --no-checks")
+    if run.checks:
+        selfchecks.require(_checks(run, setup, tracker), tracker.status, run.waive)
     if run.normalize_reference:
         learner = evaluation.reference_moments(run, setup, learner, tracker)
     with tracker.phase(f"completing {len(setup.held_out)} held-out prompts"):

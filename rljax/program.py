@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, hosts, models, policy, ranges, sharding, traces, tracking, train
+from rljax import data, hosts, models, policy, ranges, selfchecks, sharding, traces, tracking, train
 from rljax.errors import UserError
 from rljax.identity import contents, describe
 from rljax.manifest import read_json, record_contents, write_json
@@ -51,10 +51,9 @@ class Run:
     clip_norm: Positive | None = 1.0
     seed: Seed = 0
 
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters and optimizer moments
-    compute_dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters; moments and averages are float32
+    # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again instead of keeping
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: NVIDIA; see docs/scaling.md
     unroll: Count | None = None  # layers per step of the scan; None: all of up to 8, else (and with remat "full") one
@@ -72,10 +71,10 @@ class Run:
     patience: Count | None = None  # stop after this many evaluations without a better `best`
     samples: Natural = 4  # held-out prompts whose continuations are shown
     sample_tokens: Count = 64
-    evaluate: Callable[..., Any] | None = (
-        None  # (policy, reference params, key) -> Evaluation, before and after training
-    )
-    checks: bool = True
+    # (policy, reference params, key) -> Evaluation, before and after training
+    evaluate: Callable[..., Any] | None = None
+    checks: bool = True  # before the first step; --no-checks leaves out all
+    waive: str = ""  # checks a,b,c by name whose failure is said and does not stop the run: sampler, trained_tokens, …
     profile: Natural = 0  # steps to trace once the run has settled, for TensorBoard's Profile tab
     wandb: bool = False
 
@@ -108,6 +107,7 @@ def check_settings(run: Run) -> None:
     for field in dataclasses.fields(run):
         if field.name != "reward":  # the data's fields fill a reward's keywords
             _check_filled(field.name, getattr(run, field.name))
+    selfchecks.waived(run.waive)
     _check_optimizer(run, updates(run))
 
 
@@ -330,6 +330,13 @@ def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tup
     return progress._replace(waited=progress.waited + 1), {run.best: value}
 
 
+def _finite(value: Any) -> bool:
+    try:
+        return bool(np.isfinite(float(value.value() if isinstance(value, Mean) else value)))
+    except (TypeError, ValueError):
+        return False
+
+
 def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str) -> None:
     """What the experiment itself wants to know, before and after training."""
     evaluate = run.evaluate
@@ -338,7 +345,14 @@ def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Trac
     with tracker.phase(f"measuring {phase} training"):
         asked = functools.partial(evaluate, now, sharding.in_device_memory(reference), jax.random.key(run.seed))
         found = hosts.together(asked, patience=PATIENCE)
-    tracker.log(step, found.metrics, prefix="eval/")
+    if not isinstance(getattr(found, "metrics", None), Mapping):
+        raise UserError(f"evaluate must return an Evaluation(metrics={{name: number}}, samples=…), not {found!r:.200}")
+    odd = {name: value for name, value in found.metrics.items() if not _finite(value)}
+    if odd and phase == "before":
+        raise UserError(f"evaluate gives metrics that are no finite numbers: {odd!r:.200}")
+    if odd:  # what was trained is kept
+        tracker.status(f"evaluate gives metrics that are no finite numbers: {odd!r:.200}")
+    tracker.log(step, {k: v for k, v in found.metrics.items() if k not in odd}, prefix="eval/")
     tracker.samples(step, [{"phase": phase, **row} for row in found.samples], title=f"{phase} training")
 
 

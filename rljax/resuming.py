@@ -34,6 +34,7 @@ FREE = (
     "samples",
     "sample_tokens",
     "checks",
+    "waive",
     "profile",
     "wandb",
     "evidence",

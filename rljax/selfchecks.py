@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from rljax import hosts
+from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.logprobs import token_logps
 from rljax.policy import Policy
@@ -26,40 +27,80 @@ VISIBLE = 0.01  # nats a token: a part of a clip range of 0.2 that one would rat
 class Check(NamedTuple):
     passed: bool
     said: str
+    note: bool = False  # passed, and unusual
+    name: str = ""  # by which it can be waived
 
 
-def report(checks: Sequence[Check], say: Callable[[str], None]) -> bool:
-    """Say what was found; whether all is well."""
+NAMES: list[str] = []  # of the checks that can fail
+
+
+def named(check: Callable[..., Check]) -> Callable[..., Check]:
+    """A check with the name of its function."""
+    NAMES.append(check.__name__)
+
+    @functools.wraps(check)
+    def with_name(*args: Any, **kwargs: Any) -> Check:
+        return check(*args, **kwargs)._replace(name=check.__name__)
+
+    return with_name
+
+
+def waived(names: str) -> tuple[str, ...]:
+    """The checks that a run's `waive` names, a,b,c. UserError for a name that no check has."""
+    asked = tuple(name.strip().replace("-", "_") for name in names.split(",") if name.strip())
+    unknown = [name for name in asked if name not in NAMES]
+    if unknown:
+        raise UserError(f"waive={names!r}: there is no check {', '.join(unknown)}; they are {', '.join(NAMES)}")
+    return asked
+
+
+def report(checks: Sequence[Check], say: Callable[[str], None], waive: str = "") -> bool:
+    """Say what was found; whether all is well, but for the checks that `waive` names."""
+    names = waived(waive)
     for check in checks:
-        say(f"{'✓' if check.passed else '✗'} {check.said}")
-    return all(check.passed for check in checks)
+        passed, let = check.passed, check.name in names
+        say(f"{'✓•'[check.note] if passed else '✗'} {'' if passed or not let else '(waived) '}{check.said}")
+    return all(check.passed or check.name in names for check in checks)
 
 
-def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...]) -> Check:
-    """Something is trained in every row, prompts are not, and stop tokens are; shown on one decoded row."""
-    ids, segments, mask = (np.asarray(x) for x in (tokens.ids, tokens.segments, tokens.mask))
-    shown = f"the trained tokens of a row, in ⟦ ⟧: {marked(ids[0], segments[0], mask[0], tokenizer)}"
-    real = (segments > 0).any(1)
-    untrained = int((real & ~mask.any(1)).sum())
-    if untrained:
-        return Check(
-            False, f"{untrained} of {real.sum()} rows train no token: their completions are empty or cut off\n{shown}"
+def require(checks: Sequence[Check], say: Callable[[str], None], waive: str = "") -> None:
+    """`report`, and a UserError that names the checks that failed."""
+    if not report(checks, say, waive):
+        failed = ",".join(check.name for check in checks if not check.passed and check.name not in waived(waive))
+        raise UserError(
+            f"a check failed (above): mend its cause, or train all the same with --waive {failed} "
+            "(--no-checks leaves out all checks)"
         )
+
+
+@named
+def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...], *, budget: int | None = None) -> Check:
+    """Something is trained, prompts are not, and stop tokens are; shown on one decoded row.
+
+    budget: the most trained tokens of a row. Rows that fill it, or all columns, were cut, and have no end to train.
+    """
+    ids, segments, mask = (np.asarray(x) for x in (tokens.ids, tokens.segments, tokens.mask))
+    real, some = (segments > 0).any(1), mask.any(1)
+    first = int(np.argmax(some))  # a row that trains something, where there is one
+    shown = f"the trained tokens of a row, in ⟦ ⟧: {marked(ids[first], segments[first], mask[first], tokenizer)}"
+    untrained = int((real & ~some).sum())
+    idle = f"{untrained} of {real.sum()} rows train no token: their completions are empty or cut off"
+    if untrained == real.sum():
+        return Check(False, f"{idle}\n{shown}")
     if (mask & (segments == 0)).any() or mask[:, 0].any():
         return Check(False, f"padding or the first token of a row is trained, which nothing predicts\n{shown}")
     stops = int((np.isin(ids, stop_ids) & mask).any(1).sum())
-    if not stops:
+    full = (segments > 0).all(1) | (mask.sum(1) >= (budget or mask.shape[1]))
+    names = tokenizer.convert_ids_to_tokens(list(stop_ids))
+    if not stops and not full[some].all():
         return Check(
             False,
-            f"no row trains a stop token ({tokenizer.convert_ids_to_tokens(list(stop_ids))}): the policy would not "
-            "learn to stop. Every completion may be longer than max_completion, or the tokenizer may name another end "
-            f"token.\n{shown}",
+            f"no row trains a stop token ({names}), also those that are not cut: the policy would not learn to stop. "
+            f"The tokenizer or the chat template may name another end token.\n{shown}",
         )
-    return Check(
-        True,
-        f"{mask.sum()} of {(segments > 0).sum()} tokens are trained, a stop token in {stops} of {real.sum()} rows; "
-        f"{shown}",
-    )
+    said = f"{mask.sum()} of {(segments > 0).sum()} tokens are trained, a stop token in {stops} of {real.sum()} rows"
+    said += "" if stops else f": all are cut at the row's end, so that nothing here teaches to stop ({names})"
+    return Check(True, f"{said}{f'; {idle}' if untrained else ''}; {shown}", note=bool(untrained or not stops))
 
 
 def marked(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray, tokenizer: Any) -> str:
@@ -70,6 +111,7 @@ def marked(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray, tokenizer: A
     return "".join(f"⟦{tokenizer.decode(i)}⟧" if m[0] else tokenizer.decode(i) for i, m in parts if len(i))
 
 
+@named
 def companions(policy: Policy, tokens: Tokens) -> Check:
     """Log-probabilities do not depend on where the padding is, or on the other rows of the batch."""
     tokens = jax.tree.map(np.asarray, tokens)
@@ -102,6 +144,7 @@ def _moved(tokens: Tokens) -> Tokens:
     return Tokens(**arrays)
 
 
+@named
 def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
     """The policy is the reference: log-ratios 0, and the loss what the formula says for that (DPO: ln 2)."""
     loss = float(metrics["loss"].value())
@@ -116,6 +159,7 @@ def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
     return Check(passed, said)
 
 
+@named
 def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) -> Check:
     """The sampler's log-probabilities are those that the trainer computes for the same tokens, under the same
     temperature and filters.
@@ -129,6 +173,7 @@ def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) 
     return check
 
 
+@named
 def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...], *, single_turn: bool = True) -> Check:
     """Exactly what was sampled is trained: the stop token once, nothing after it (in a single turn), no prompt; shown
     on a decoded row.
@@ -154,6 +199,7 @@ def sampled_tokens(rollout: Rollout, tokenizer: Any, stop_ids: tuple[int, ...], 
     return Check(True, f"{said}, {ends.sum()} of them in a trained stop token{note}; {shown}")
 
 
+@named
 def same_policy(look: Callable[[Any, Tokens], jax.Array], params: Any, reference: Any, rollout: Rollout) -> Check:
     """The policy is still the reference, so KL is exactly 0 (at any temperature): both sides are computed by the
     trainer, with the run's own temperature and filters.
@@ -168,6 +214,7 @@ def same_policy(look: Callable[[Any, Tokens], jax.Array], params: Any, reference
     )
 
 
+@named
 def same_ratios(
     policy: Policy,
     look: Callable[[Any, Tokens], jax.Array],
@@ -201,6 +248,7 @@ def _within(policy: Policy, worst: float, what: str) -> Check:
     )
 
 
+@named
 def learning_rate(schedule: optax.Schedule, steps: int) -> Check:
     """The schedule is finite, and said to end where the run does (one that goes on may be meant to)."""
     rates = np.asarray([schedule(int(step)) for step in np.unique(np.linspace(0, steps - 1, 100, dtype=int))])
@@ -237,6 +285,7 @@ def moving_average(decay: float, iterations: int) -> Check:
     return Check(True, said)
 
 
+@named
 def memory(analysis: Any) -> Check:
     """What the compiler says that the update needs, against what one device has."""
     if analysis is None:

@@ -11,10 +11,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
-from rljax import advantages, losses, ranges
+from rljax import advantages, losses, objectives, ranges
 from rljax.environments import Environment
 from rljax.errors import UserError
 from rljax.filters import Sampling
+from rljax.objectives import tryouts
 from rljax.program import Run
 from rljax.ranges import Bias, Coefficient, Count, Decay, Mass, Natural, Positive, Score, Share
 from rljax.sampling import GATHER
@@ -212,6 +213,19 @@ def check(run: Sampled) -> None:
         raise UserError("normalize_running and normalize_reference are two ways to scale scores: set one of them")
     if run.environment is not None and "greedy" in _parameters(getattr(run, "advantage", None)):
         raise UserError("an environment has no greedy completions to compare with: choose another advantage")
+    _try_functions(run)
+
+
+def _try_functions(run: Sampled) -> None:
+    """Raise UserError for a loss or an advantage of another shape, or one that nothing can be learned from."""
+    if isinstance(run, PPO | PolicyGradient):
+        tryouts.surrogate(run.loss, objectives.surrogate_inputs(run.loss))
+    if isinstance(run, PPO):
+        tryouts.value_loss(run.value_loss)
+    if isinstance(run, PolicyGradient):
+        tryouts.advantage(run.advantage, run.group)
+    if isinstance(run, OnlinePreference):
+        tryouts.pairs(run.loss)
 
 
 def _parameters(function: Callable[..., Any] | None) -> tuple[str, ...]:

@@ -25,7 +25,34 @@ Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update. `params` are copied: the update donates the state, and yours stay alive."""
     params = jax.tree.map(jnp.copy, in_device_memory(params))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(wide(params)))
+
+
+def wide(params: Params) -> Params:
+    """Parameters in float32 at least: bfloat16 would freeze an optimizer's moments, and averages of weights."""
+    return jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
+
+
+def rounded(params: Params, like: Params, key: Array) -> Params:
+    """Parameters in the dtypes of `like`; into bfloat16 they are rounded up or down at random, with the probability
+    that makes their mean exact (Gupta et al. 2015, arXiv:1502.02551, section 3). To the nearest, an update of less than
+    half a step of bfloat16 (1/512 of the weight) would always be lost.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    kinds = [p.dtype for p in jax.tree.leaves(like)]
+    made = [
+        x if x.dtype == kind else _at_random(x, jax.random.fold_in(key, i)) if kind == jnp.bfloat16 else x.astype(kind)
+        for i, (x, kind) in enumerate(zip(leaves, kinds, strict=True))
+    ]
+    return jax.tree.unflatten(tree, made)
+
+
+def _at_random(x: Array, key: Array) -> Array:
+    """float32 to bfloat16, its upper half: a random number below the lower half's weight decides about the next one."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = bits + jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    near = jax.lax.bitcast_convert_type(up & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), near, x).astype(jnp.bfloat16)
 
 
 def make_update(
@@ -60,10 +87,12 @@ def update_step(
     def update(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         loss, metrics, grads = _sum_over_microbatches(loss_fn, state.params, batch, microbatches, together)
         scale = 1.0 / jnp.where(loss.weight == 0, 1.0, loss.weight)
-        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, state.params)
+        weights = wide(state.params)
+        grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, weights)
         with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, weights)
+            params = optax.apply_updates(weights, updates)
+            params = rounded(params, state.params, jax.random.fold_in(jax.random.key(0), state.step))
         # Nothing to learn from (no token is trained): momentum and weight decay must not move the weights either.
         params, opt_state = jax.tree.map(
             functools.partial(jnp.where, loss.weight != 0), (params, opt_state), (state.params, state.opt_state)
@@ -284,7 +313,7 @@ def tf1_adam(
 
 def average_weights(average: Params, params: Params, *, decay: float) -> Params:
     """Exponential moving average of weights: decay · average + (1 − decay) · params (InstructGPT: 0.992)."""
-    return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p).astype(a.dtype), average, params)
+    return jax.tree.map(lambda a, p: (decay * a + (1 - decay) * p.astype(a.dtype)).astype(a.dtype), average, params)
 
 
 # Schedules: (peak, steps, *, warmup) -> optax schedule. All reach their end exactly at `steps`.

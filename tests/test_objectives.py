@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import logprobs, losses, models, objectives, ops
+from rljax import UserError, logprobs, losses, models, objectives, offline, online, ops, settings
 from rljax.types import ComparisonBatch, UnpairedBatch
 from tests import tiny
 
@@ -103,3 +103,61 @@ def test_rewards_are_scaled_by_the_losss_beta():
     assert objectives.reward_scale(functools.partial(losses.dpo_loss, beta=0.25)) == 0.25
     assert objectives.reward_scale(losses.slic_loss) == 1.0
     assert objectives.reward_scale(lambda chosen, rejected, *, beta=2.0: chosen) == 2.0
+
+
+def mean_loss(chosen, rejected, ref_chosen, ref_rejected):
+    return jnp.mean(rejected - chosen)
+
+
+PAIR_LOSSES = {
+    "a scalar": (
+        mean_loss,
+        r"loss=mean_loss must return one number a row, \[b\].*it returned float32\[\], which would",
+    ),
+    "a column": (lambda a, b, c, d: (b - a)[:, None], r"it returned float32\[3, 1\]"),
+    "integers": (lambda a, b, c, d: (b > a).astype(int), r"it returned int32\[3\]"),
+    "a constant": (lambda a, b, c, d: d - c, "does not depend on the policy: its gradient is exactly 0"),
+    "stopped": (lambda a, b, c, d: jax.lax.stop_gradient(b - a), "does not depend on the policy"),
+    "NaN": (lambda a, b, c, d: jnp.log(a - b), "gives numbers that are not finite"),
+}
+
+
+@pytest.mark.parametrize("case", PAIR_LOSSES)
+def test_a_loss_that_would_be_broadcast_or_learns_nothing_is_refused_before_loading(case):
+    loss, message = PAIR_LOSSES[case]
+    with pytest.raises(UserError, match=message):
+        offline.check(offline.Preference(model="none", data="none.jsonl", loss=loss))
+
+
+def test_functions_of_other_kinds_are_tried_too():
+    common = {"model": "none", "data": "none.jsonl"}
+    judged = {**common, "reward": lambda prompts, completions: [0.0]}
+    for run, message in (
+        (
+            offline.Unpaired(**common, loss=lambda x, ref, good, kl: (x - ref).mean()),
+            r"for \(3,\) it returned float32\[\]",
+        ),
+        (offline.RewardModel(**common, loss=lambda scores, best: scores), r"it returned float32\[3, 2\]"),
+        (online.PolicyGradient(**judged, loss=lambda logps, advantages: -(logps * advantages).sum(1)), r"float32\[2\]"),
+        (online.PolicyGradient(**judged, loss=lambda advantages: -advantages), "does not depend on the policy"),
+        (online.PPO(**judged, value_loss=lambda values, old, returns: (old - returns) ** 2), "value_loss=.*exactly 0"),
+        (online.PolicyGradient(**judged, advantage=lambda rewards: rewards.mean(1)), r"advantage=.* for \(2, 8\) it"),
+        (
+            online.PolicyGradient(**judged, advantage=lambda r: r / r.std(1, keepdims=True) - 1e9 * (r - r) / 0),
+            "finite",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings.check(run) if isinstance(run, online.Sampled) else offline.check(run)
+    fine = online.PolicyGradient(**judged, advantage=lambda rewards, applies: rewards - rewards.mean(1, keepdims=True))
+    settings.check(dataclasses.replace(fine, loss=lambda logps, advantages, mask: -logps * advantages))
+    broken = offline.Preference(
+        **common, loss=lambda a, b, c, d: a[:100].reshape(100)
+    )  # its own error, at its own line
+    offline.check(broken)
+
+
+def test_objectives_check_the_form_of_a_loss_themselves():
+    objective = objectives.preference(tiny.model(), lambda a, b, c, d: (b - a)[:, None])
+    with pytest.raises(UserError, match=r"must return one number a row"):
+        jax.eval_shape(objective, tiny.params(), tiny.pairs())

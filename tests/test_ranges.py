@@ -111,6 +111,7 @@ def test_whatever_is_outside_of_its_range_is_refused_by_name(data):
         ),
         ("SFT", {"dtype": "float16"}, "dtype must be 'float32', 'bfloat16', got 'float16'"),
         ("SFT", {"compute_dtype": "bf16"}, "compute_dtype must be"),
+        ("SFT", {"waive": "sampler,all"}, "waive='sampler,all': there is no check all; they are"),
         ("SFT", {"packing": "yes"}, "packing must be True or False, got 'yes'"),
         ("SFT", {"model": None}, "model must be a text, got None"),
         ("SFT", {"steps": 2.0}, "steps must be an integer at least 1, got 2.0"),

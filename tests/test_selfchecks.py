@@ -51,6 +51,38 @@ def test_trained_tokens_are_shown_and_judged():
     assert not first.passed
 
 
+def test_what_is_only_unusual_is_a_note():
+    """A row without a trained token among others; rows that are cut have no end. Other rows have to have one."""
+    one, cut, ends = ([3, 4, 5, 6, 0], [1, 1, 1, 1, 0], [0, 0, 1, 1, 0]), [0, 1, 1, 1, 1], [3, 4, 5, 2, 0]
+    some = Tokens(
+        ids=np.array([[3] * 5, ends]), segments=np.array([[1] * 5, one[1]]), mask=np.array([[0] * 5, one[2]], bool)
+    )
+    found = selfchecks.trained_tokens(some, Letters(), (2,))
+    assert found.passed
+    assert found.note
+    assert found.name == "trained_tokens"
+    assert "1 of 2 rows train no token" in found.said
+    assert "de⟦fc⟧" in found.said
+    full = selfchecks.trained_tokens(rows([3] * 5, [1] * 5, cut), Letters(), (2,))
+    assert full.passed
+    assert full.note
+    assert "all are cut at the row's end" in full.said
+    assert selfchecks.trained_tokens(rows(*one), Letters(), (2,), budget=2).note
+    assert not selfchecks.trained_tokens(rows(*one), Letters(), (2,), budget=3).passed
+
+
+def test_a_check_is_waived_by_its_name():
+    failed = selfchecks.Check(False, "they differ", name="sampler"), selfchecks.Check(True, "odd", note=True)
+    lines: list[str] = []
+    assert not selfchecks.report(failed, lines.append)
+    assert selfchecks.report(failed, lines.append, "memory, sampler")
+    assert lines == ["✗ they differ", "• odd", "✗ (waived) they differ", "• odd"]
+    with pytest.raises(ValueError, match=r"a check failed \(above\).* --waive sampler"):
+        selfchecks.require(failed, lines.append, "memory")
+    with pytest.raises(ValueError, match="there is no check samplers; they are trained_tokens, companions,"):
+        selfchecks.waived("samplers")
+
+
 def test_companions_finds_a_model_that_attends_to_padding():
     assert selfchecks.companions(policy(), tiny.tokens()).passed
 

@@ -394,3 +394,43 @@ def test_every_leaf_of_tf1_adams_state_can_be_donated():
     )
     state, _ = update(train.init_state({"w": jnp.ones(3)}, optimizer), jnp.ones(3))
     assert int(state.step) == 1
+
+
+# --- bfloat16 parameters ----------------------------------------------------------------------------------------------
+
+
+def test_small_updates_of_bfloat16_weights_add_up():
+    """Updates of 1e-5 of weights near 1, whose neighbours in bfloat16 are 2^-7 apart: kept on average."""
+    optimizer = optax.sgd(1e-5)
+    start = jnp.full(20_000, 1.25, jnp.bfloat16)
+    update = train.make_update(lambda params, batch: (Mean(total=params["w"].sum(), weight=batch.sum()), {}), optimizer)
+    state = train.init_state({"w": start}, optimizer)
+    for _ in range(100):
+        state, _ = update(state, jnp.ones(1))
+    moved = float(jnp.mean(state.params["w"].astype(jnp.float32) - 1.25))
+    assert state.params["w"].dtype == jnp.bfloat16
+    assert moved == pytest.approx(-100 * 1e-5, rel=0.15)  # ± 4 standard deviations of 20,000 roundings
+    assert set(np.unique(np.asarray(state.params["w"], np.float32))) <= {1.25, 1.25 - 2**-7, 1.25 - 2**-6}
+
+
+def test_bfloat16_rounding_is_a_function_of_the_key_and_leaves_what_needs_none():
+    x = jnp.asarray([1.25, -3.0, 0.0, np.inf, -np.inf, np.nan, 1 + 2**-9, -1 - 2**-9], jnp.float32)
+    like = x.astype(jnp.bfloat16)
+    once, again = (train.rounded(x, like, jax.random.key(1)) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    np.testing.assert_array_equal(np.asarray(once, np.float32)[:5], x[:5])
+    assert np.isnan(once[5])
+    many = jnp.broadcast_to(x[6], 8000)
+    up = np.asarray(train.rounded(many, many.astype(jnp.bfloat16), jax.random.key(0)), np.float32)
+    assert np.mean(up == 1 + 2**-7) == pytest.approx(0.25, abs=0.02)
+    assert train.rounded(x, x, jax.random.key(0)) is x
+
+
+def test_moments_and_averages_of_bfloat16_weights_are_float32():
+    """b2 = 0.999 would leave a bfloat16 moment as it is, and so would an average with decay 0.999."""
+    params = {"w": jnp.ones(3, jnp.bfloat16)}
+    state = train.init_state(params, optax.adamw(1e-3))
+    kinds = {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert kinds == {jnp.dtype(jnp.float32)}
+    average = train.average_weights(train.wide(params), {"w": jnp.full(3, 1.5, jnp.bfloat16)}, decay=0.999)
+    np.testing.assert_allclose(average["w"], 1.0005, rtol=1e-6)

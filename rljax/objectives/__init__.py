@@ -10,7 +10,7 @@ from rljax.objectives.offline import (
     supervised,
     unpaired,
 )
-from rljax.objectives.online import clipped_tokens, is_ratio_loss, policy
+from rljax.objectives.online import clipped_tokens, is_ratio_loss, policy, surrogate_inputs
 
 __all__ = [
     "clipped_tokens",
@@ -23,5 +23,6 @@ __all__ = [
     "reward_scale",
     "sequence_logps",
     "supervised",
+    "surrogate_inputs",
     "unpaired",
 ]

@@ -20,6 +20,7 @@ from rljax.filters import Sampling
 from rljax.logprobs import map_logits, token_logps
 from rljax.models import share_prompts as sharing_prompts
 from rljax.models.heads import ScalarModel
+from rljax.objectives.tryouts import check_form, name_of
 from rljax.types import (
     ComparisonBatch,
     LanguageModel,
@@ -121,6 +122,7 @@ def preference(
         ref = (batch.ref_chosen_logps, batch.ref_rejected_logps)
         real = real_rows(batch.chosen)
         values = loss(chosen, rejected, *ref) if reference else loss(chosen, rejected)
+        check_form("loss", name_of(loss), values, chosen)
         metrics = {}
         if nll_weight:
             reduce = ops.sequence_mean if nll_average else ops.sequence_sum
@@ -148,6 +150,7 @@ def unpaired(
         logps = sequence_logps(model, params, batch.tokens, max_trained=max_trained)
         real = real_rows(batch.tokens)
         values = loss(logps, batch.ref_logps, batch.desirable, batch.kl[0])
+        check_form("loss", name_of(loss), values, logps)
         rewards = scale * (logps - batch.ref_logps)
         good, bad = real & batch.desirable, real & ~batch.desirable
         return ops.masked_mean(values, real), {
@@ -187,6 +190,7 @@ def comparison(model: ScalarModel, loss: Callable[..., Array] = losses.bradley_t
                 f"{getattr(loss, '__name__', loss)} compares two responses, this data has {k} a prompt: "
                 f"use rljax.losses.best_of_k_loss"
             )
+        check_form("loss", name_of(loss), values, best)
         return ops.masked_mean(values, real), {
             "accuracy": ops.masked_mean((best > runner_up).astype(jnp.float32), real),
             "margin": ops.masked_mean(best - runner_up, real),

@@ -13,6 +13,7 @@ from jax import Array
 from rljax import losses, ops
 from rljax.errors import UserError
 from rljax.objectives.offline import real_rows, supervised
+from rljax.objectives.tryouts import check_form, name_of
 from rljax.types import LanguageModel, LossFn, Mean, Metrics, Params, PolicyBatch
 from rljax.views import Look, View, decoder_params
 
@@ -48,6 +49,7 @@ def policy(
         view, mask = look(params, batch.tokens), batch.tokens.mask
         given = {"logps": view.logps, "old_logps": batch.old_logps, "advantages": batch.advantages, "mask": mask}
         surrogate = loss(*(given[name] for name in wanted))
+        check_form("loss", name_of(loss), surrogate, view.logps)
         if batch.importance is not None:
             surrogate = surrogate * batch.importance
         per_token, metrics = surrogate, {"loss/policy_avg": ops.masked_mean(surrogate, mask)}
@@ -60,6 +62,7 @@ def policy(
             metrics["policy/entropy_avg"] = ops.masked_mean(view.entropy, mask)
         if batch.returns is not None and batch.old_values is not None and view.values is not None:
             value = value_loss(view.values, batch.old_values, batch.returns)
+            check_form("value_loss", name_of(value_loss), value, view.values)
             per_token += value_coef * value
             metrics["loss/value_avg"] = ops.masked_mean(value, mask)
         metrics |= _distance(view, batch, clipped)
