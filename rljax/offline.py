@@ -56,7 +56,7 @@ class SFT(Run):
 class RewardModel(Run):
     """A scalar reward on comparisons: `loss` compares pairs, or picks the best of k."""
 
-    loss: Callable[..., Any] = losses.bradley_terry_loss
+    loss: Callable[..., Any] = losses.bradley_terry_loss  # (chosen, rejected) or (scores [b k], best) -> [b]
     normalize: Natural = 0  # policy samples on which the reward gets mean 0 and std 1, before and after (1909.08593)
 
 
@@ -64,7 +64,7 @@ class RewardModel(Run):
 class Preference(Run):
     """Learning from pairs. `loss` sees [b] log-probabilities: policy chosen and rejected, then the reference's."""
 
-    loss: Callable[..., Any]
+    loss: Callable[..., Any]  # such as functools.partial(losses.dpo_loss, beta=0.1)
     average: bool = False  # log-probabilities per token instead of summed (SimPO, ORPO)
     reference: bool = True  # False: the loss takes the policy's two arrays only (SimPO, ORPO, CPO, SLiC)
     share_prompts: bool = True  # compute a prompt once for chosen and rejected; changes speed and rounding only
@@ -80,7 +80,7 @@ KTO = functools.partial(losses.kto_loss, beta=0.1)
 class Unpaired(Run):
     """Learning from single completions marked good or bad (KTO); pairs are taken apart."""
 
-    loss: Callable[..., Any] = KTO
+    loss: Callable[..., Any] = KTO  # (log-probabilities, the reference's, desirable, KL point) -> [b]
 
 
 class Setup(NamedTuple):

@@ -14,14 +14,40 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType, NoneType
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from rljax import failures
+from rljax import comments, failures, ranges
 from rljax.errors import UserError
 from rljax.program import Run
 
+# What options are called in other programs of the field, and here.
+ALIASES = {
+    "lr": "learning_rate",
+    "bs": "batch",
+    "batch_size": "batch",
+    "per_device_train_batch_size": "batch",
+    "train_batch_size": "batch",
+    "gradient_accumulation_steps": "microbatches",
+    "max_steps": "steps",
+    "max_new_tokens": "max_completion",
+    "max_completion_length": "max_completion",
+    "max_prompt_length": "max_prompt",
+    "num_generations": "group",
+    "num_train_epochs": "steps",
+    "max_grad_norm": "clip_norm",
+    "kl_coef": "kl_reward",
+    "output_dir": "out",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "dataset_name": "data",
+    "weight_decay": "optimizer.weight_decay",
+    "warmup": "schedule.warmup",
+    "warmup_steps": "schedule.warmup",
+    "lr_scheduler_type": "schedule",
+    "beta": "loss.beta",
+}
 PLAIN = (bool, int, float, str)  # what can be written on a command line
 
 
@@ -110,17 +136,24 @@ def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") 
     The options are a dataclass made from the experiment's value: a field that holds a function becomes a group of that
     function's keyword-only parameters. What is not among them is an error.
     """
-    hints = typing.get_type_hints(type(experiment))
+    hints, beside, full = (
+        typing.get_type_hints(type(experiment)),
+        comments.of_fields(type(experiment)),
+        ranges.annotations,
+    )
     values = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
     options, defaults = [], {}
     for name, value in values.items():
         if callable(value):
             group = _keyword_options(name, value)
             if group is not None:
+                type(group).__doc__ = f"{beside.get(name, name)}; here {_called(value)}"
                 options.append((name, type(group), dataclasses.field(default=group)))
                 defaults[name] = group
         elif (kind := _written(hints[name])) is not None and _is_plain(value):
-            options.append((name, kind, dataclasses.field(default=value)))
+            said = _said(beside.get(name, ""), ranges.range_of(full(type(experiment))[name]))
+            options.append((name, Annotated[kind, tyro.conf.arg(help=said)], dataclasses.field(default=value)))
+    _check_names(argv, options)
     made = dataclasses.make_dataclass(type(experiment).__name__, options, kw_only=True, frozen=True)
     made.__doc__ = type(experiment).__doc__
     chosen = tyro.cli(made, args=list(argv), prog=prog)
@@ -130,6 +163,29 @@ def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") 
         given = {key: value for key, value in dataclasses.asdict(changes[name]).items() if value != old[key]}
         changes[name] = functools.partial(values[name], **given) if given else values[name]
     return dataclasses.replace(experiment, **changes)
+
+
+def _said(comment: str, limits: ranges.Range | None) -> str:
+    """What --help says of a field: the comment beside it in the source, and its range."""
+    return "; ".join(text for text in (comment, "" if limits is None else str(limits)) if text)
+
+
+def _called(function: Any) -> str:
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_names(argv: Sequence[str], options: Sequence[tuple[str, Any, Any]]) -> None:
+    """Raise UserError for an option that other programs have, or its initials (--lr), with our name for it."""
+    known = {name for name, _, _ in options}
+    initials = {"".join(word[0] for word in name.split("_")): name for name in known if "_" in name}
+    for word in argv:
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        ours = ALIASES.get(name) or initials.get(name)
+        if ours is not None and name not in known and ours.partition(".")[0] in known:
+            raise UserError(
+                f"there is no option {word.partition('=')[0]}: --{ours.replace('_', '-')} is what is meant here"
+            )
 
 
 def _keyword_options(name: str, function: Callable[..., Any]) -> Any:

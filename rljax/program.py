@@ -38,45 +38,44 @@ class Run:
     data: str | Callable[..., Any]  # pairs.jsonl, x.parquet, tfds:NAME, hf:OWNER/NAME, or a function of the policy
     eval_data: str | None = None  # held-out rows; None sets some of `data` aside
     eval_rows: Count = 64  # how many are set aside (at most a tenth of the data)
-    split: str = "train"
+    split: str = "train"  # which part of a tfds: or hf: data set is trained on
     max_prompt: Count = 256  # tokens; longer prompts lose their beginning
     max_completion: Count = 256  # tokens; longer completions lose their end
 
-    steps: Count = 200
+    steps: Count = 200  # updates from a data set, iterations (sample, judge, learn) from the policy
     batch: Count = 8  # rows (pairs, comparisons) per update, over all devices
-    microbatches: Count = 1
-    learning_rate: Rate = 1e-6
-    schedule: Callable[..., optax.Schedule] = train.linear
-    optimizer: Callable[..., optax.GradientTransformation] = ADAM
-    clip_norm: Positive | None = 1.0
-    seed: Seed = 0
+    microbatches: Count = 1  # pieces of a batch whose gradients are added up one after the other, to save memory
+    learning_rate: Rate = 1e-6  # at the peak of the schedule
+    schedule: Callable[..., optax.Schedule] = train.linear  # (peak, updates) -> optax schedule; warmup is in updates
+    optimizer: Callable[..., optax.GradientTransformation] = ADAM  # takes learning_rate=, the schedule
+    clip_norm: Positive | None = 1.0  # of the gradient over all parameters; None: unclipped
+    seed: Seed = 0  # of the order of the data, of sampling, of new heads
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters; moments and averages are float32
-    # of the matrix products; None: bfloat16 on accelerators, float32 on CPU
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    compute_dtype: Literal["float32", "bfloat16"] | None = None  # of products; None: bfloat16 on accelerators
     remat: Literal["none", "dots", "full"] = "dots"  # what the backward pass computes again instead of keeping
     attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"  # splash: TPU; cudnn: NVIDIA; see docs/scaling.md
     unroll: Count | None = None  # layers per step of the scan; None: all of up to 8, else (and with remat "full") one
     offload_reference: bool = False  # initial weights wait in host memory and come to the device a layer at a time
-    mesh: Callable[..., Mesh] = sharding.make_mesh
+    mesh: Callable[..., Mesh] = sharding.make_mesh  # devices along data, fsdp, tensor, context
 
     name: str | None = None  # the run's folder; None: the file's name
-    out: str = "runs"
-    eval_every: Count = 50
-    save_every: Count = 50
-    keep: Count = 2
+    out: str = "runs"  # the folder of all runs
+    eval_every: Count = 50  # steps between evaluations of held-out rows
+    save_every: Count = 50  # steps between checkpoints
+    keep: Count = 2  # the latest checkpoints that stay, beside the best
     accept_changes: str = ""  # fields a,b,c (or all) that a resumed run may find changed: see docs/resuming.md
     best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
-    best_mode: Literal["min", "max"] = "max"
+    best_mode: Literal["min", "max"] = "max"  # which values of `best` are better
     patience: Count | None = None  # stop after this many evaluations without a better `best`
     samples: Natural = 4  # held-out prompts whose continuations are shown
-    sample_tokens: Count = 64
+    sample_tokens: Count = 64  # the length of those continuations, in offline runs
     # (policy, reference params, key) -> Evaluation, before and after training
     evaluate: Callable[..., Any] | None = None
     checks: bool = True  # before the first step; --no-checks leaves out all
     waive: str = ""  # checks a,b,c by name whose failure is said and does not stop the run: sampler, trained_tokens, …
     profile: Natural = 0  # steps to trace once the run has settled, for TensorBoard's Profile tab
-    wandb: bool = False
+    wandb: bool = False  # log to Weights & Biases too
 
 
 class Evaluation(NamedTuple):

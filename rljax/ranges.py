@@ -43,7 +43,7 @@ class Range:
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"at least {self.low:g}"
         high = f"below {self.high:g}" if self.below else f"at most {self.high:g}"
-        return low if self.high >= MOST else f"{low} and {high}"
+        return low if self.high >= 1e6 else f"{low} and {high}"
 
 
 Count = Annotated[int, Range(1, MOST)]
@@ -172,7 +172,9 @@ def _said(kind: Any, value: Any) -> str:
     """What an alternative allows, in words; its type too, where this value is not of it."""
     if (limits := range_of(kind)) is not None:
         plain = typing.get_args(kind)[0]
-        return str(limits) if _fits(plain, value) else f"{_said(plain, value)} {limits}"
+        if not _fits(plain, value):
+            return f"{_said(plain, value)} {limits}"
+        return str(limits) if value <= limits.high or "and" in str(limits) else f"{limits} and at most {limits.high:g}"
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return ", ".join(repr(choice) for choice in args)

@@ -34,7 +34,7 @@ class Sampled(Run):
     # a reward: (prompts, completions, **fields of the rows) -> numbers; several in a tuple (rljax.rewards); or an
     # environment, which gives its own rewards
     reward: Callable[..., Any] | tuple[Callable[..., Any], ...] | None = None
-    environment: Environment | None = None
+    environment: Environment | None = None  # a task of several turns, which gives its own rewards
     turn_tokens: Count | None = None  # of one action in an environment; None: max_completion, the row's budget
     reward_timeout: Positive | None = 600.0  # seconds for the rewards of one batch, or for one step of an environment
 
@@ -42,11 +42,11 @@ class Sampled(Run):
     share_prompts: bool = True  # compute a prompt once for its completions; changes speed and rounding only
     slots: Count | None = None  # rows written at a time, finished ones making room for the next; None: all at once
     gather: Coefficient = GATHER  # GiB of a device for weights that sampling gathers once, not at every token
-    temperature: Coefficient = 1.0
-    top_k: Count | None = None
-    top_p: Mass | None = None
-    min_p: Share | None = None
-    min_new_tokens: Natural = 0
+    temperature: Coefficient = 1.0  # logits are divided by it, in sampling and in training
+    top_k: Count | None = None  # only so many of the likeliest tokens may be drawn
+    top_p: Mass | None = None  # only the likeliest tokens that reach this probability together
+    min_p: Share | None = None  # only tokens at least this fraction as likely as the likeliest
+    min_new_tokens: Natural = 0  # no end before so many tokens of a turn
     stop: tuple[str, ...] = ()  # further texts of one token that end a completion, beside the checkpoint's own
 
     epochs: Count = 1  # passes over the rollouts of an iteration
@@ -57,7 +57,7 @@ class Sampled(Run):
     kl_reward: Coefficient = 0.0  # coefficient of the KL penalty in the reward
     kl_estimator: Estimator = "k1"  # of the KL in the reward
     kl_loss: Coefficient = 0.0  # coefficient of the KL penalty in the loss
-    kl_loss_estimator: Estimator = "k3"
+    kl_loss_estimator: Estimator = "k3"  # of the KL in the loss; k2 has the gradient of the reverse KL
     kl_target: Positive | None = None  # nats a sequence: both coefficients follow it (1909.08593); None: fixed
     kl_horizon: Count = 10_000  # episodes
     log_kl: bool = False  # measure the KL to the reference also where no penalty needs it
@@ -81,18 +81,18 @@ class Sampled(Run):
 class PPO(Sampled):
     """Proximal policy optimisation with a critic (1707.06347, as in 1909.08593 and 2403.17031)."""
 
-    loss: Callable[..., Any] = losses.ppo_clip_loss
-    aggregate: Aggregate = "token_mean"
-    entropy_coef: Coefficient = 0.0
+    loss: Callable[..., Any] = losses.ppo_clip_loss  # (logps, old_logps, advantages, mask), by name -> [b t]
+    aggregate: Aggregate = "token_mean"  # how tokens make a loss: see ops.aggregate
+    entropy_coef: Coefficient = 0.0  # of an entropy bonus
 
     critic: str = "policy"  # where it starts: "policy" (its decoder), a reward model's folder or run, or "shared":
     # no decoder of its own, a value head on the policy's
-    value_loss: Callable[..., Any] = VALUE_CLIP
-    value_coef: Coefficient = 0.1
-    gamma: Share = 1.0
-    lam: Share = 0.95
+    value_loss: Callable[..., Any] = VALUE_CLIP  # (values, old values, returns) -> [b t]
+    value_coef: Coefficient = 0.1  # of the critic's loss beside the policy's
+    gamma: Share = 1.0  # discount of later rewards
+    lam: Share = 0.95  # λ of generalised advantage estimation
     whiten_rewards: bool = False  # without shifting the mean
-    whiten_advantages: bool = True
+    whiten_advantages: bool = True  # to mean 0 and variance 1
     whiten_over: Literal["batch", "minibatch"] = "batch"  # advantages; OpenAI's code does it in each update
     whiten_ddof: Bias = 1  # 0: OpenAI's biased variance
     target_kl: Positive | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
@@ -101,7 +101,7 @@ class PPO(Sampled):
     epochs: Count = 4
     ema: Decay | None = None  # decay of an average of the policy's weights, which is what is evaluated and exported
     pretrain_data: str | None = None  # {"text"} rows: PPO-ptx
-    pretrain_coef: Coefficient = 27.8
+    pretrain_coef: Coefficient = 27.8  # of the negative log-likelihood of that text
     pretrain_batch: Count = 8  # rows of max_prompt + max_completion tokens beside the rollouts of an iteration
 
 
@@ -109,17 +109,17 @@ class PPO(Sampled):
 class PolicyGradient(Sampled):
     """Policy gradients without a critic: REINFORCE, RLOO, ReMax, GRPO and their family."""
 
-    loss: Callable[..., Any] = losses.ppo_clip_loss
+    loss: Callable[..., Any] = losses.ppo_clip_loss  # (logps, old_logps, advantages, mask), by name -> [b t]
     # (rewards [g n]) -> [g n]; with a parameter `greedy` [g] it gets the scores of greedy completions; with a
     # parameter `mask` it works on tokens, (rewards [b t], mask) -> [b t]
     advantage: Callable[..., Any] = GRPO
-    aggregate: Aggregate = "seq_mean_token_mean"
-    entropy_coef: Coefficient = 0.0
-    whiten_advantages: bool = False
-    whiten_over: Literal["batch", "minibatch"] = "batch"
-    whiten_ddof: Bias = 1
-    target_kl: Positive | None = None
-    ema: Decay | None = None
+    aggregate: Aggregate = "seq_mean_token_mean"  # how tokens make a loss: see ops.aggregate
+    entropy_coef: Coefficient = 0.0  # of an entropy bonus
+    whiten_advantages: bool = False  # to mean 0 and variance 1
+    whiten_over: Literal["batch", "minibatch"] = "batch"  # advantages; OpenAI's code does it in each update
+    whiten_ddof: Bias = 1  # 0: OpenAI's biased variance
+    target_kl: Positive | None = None  # skip an iteration's remaining updates once policy/approxkl_avg exceeds it
+    ema: Decay | None = None  # decay of an average of the weights, which is what is evaluated and exported
     group: Count = 8
 
 
@@ -127,8 +127,8 @@ class PolicyGradient(Sampled):
 class OnlinePreference(Sampled):
     """Direct preference learning on the policy's own samples: the best of each group against the worst (2402.04792)."""
 
-    loss: Callable[..., Any] = DPO
-    average: bool = False
+    loss: Callable[..., Any] = DPO  # of [b] log-probabilities: chosen, rejected, then the reference's
+    average: bool = False  # log-probabilities per token instead of summed
     group: Count = 2
 
 

@@ -12,7 +12,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "rljax"
 LEVELS = [
     {"errors", "extras"},
     {"failures"},
-    {"__init__", "types", "ranges"},
+    {"__init__", "types", "ranges", "comments"},
     {"ops"},
     {"losses"},
     {"advantages", "shaping", "filters", "sharding", "metrics", "distributed", "traces"},

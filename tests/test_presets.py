@@ -148,7 +148,7 @@ def test_every_setting_may_be_zero():
         assert all(getattr(changed, name) is not None for name in names)
 
 
-@pytest.mark.parametrize("option", ["--kl_coef", "--loss.clip", "--advantage.eps2", "--reward.nothing", "--env"])
+@pytest.mark.parametrize("option", ["--kl_koef", "--loss.clip", "--advantage.eps2", "--reward.nothing", "--env"])
 def test_unknown_options_are_errors(option, capsys):
     with pytest.raises(SystemExit) as error:
         cli.with_options(made("grpo"), [option, "1"])

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import UserError, advantages, losses, offline, online, program, ranges, settings, train
+from rljax import UserError, advantages, comments, losses, offline, online, options, program, ranges, settings, train
 from rljax.environments import Environment
 
 COMMON = {"model": "no model", "data": "none.jsonl"}
@@ -146,3 +146,33 @@ def test_what_a_user_means_passes():
     mine = functools.partial(lambda a, b, c, d, beta: a, beta=-3.0)
     check(dataclasses.replace(RUNS["Preference"], loss=mine, nll_weight=1, learning_rate=np.float32(1e-3)))
     check(dataclasses.replace(RUNS["PPO"], reward=[len, max], top_p=1, min_p=0.0, ema=0.0, kl_target=None))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_field_is_described_beside_it(name):
+    """--help shows these comments; a field without one is a field that nobody can use."""
+    beside = comments.of_fields(type(RUNS[name]))
+    assert not [field for field in kinds(RUNS[name]) if not beside.get(field)]
+
+
+def test_help_shows_comments_ranges_and_choices(capsys):
+    with pytest.raises(SystemExit):
+        options.with_options(RUNS["PPO"], ["--help"])
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for text in (
+        "completions of each prompt; at least 1",
+        "λ of generalised advantage estimation; at least 0 and at most 1",
+        "{none,dots,full}",
+        "of the KL in the reward",
+        "here adamw",
+    ):
+        assert text in said, text
+
+
+@pytest.mark.parametrize(
+    ("given", "ours"),
+    [("--lr", "--learning-rate"), ("--batch-size=4", "--batch"), ("--warmup_steps", "--schedule.warmup")],
+)
+def test_names_of_other_programs_are_translated(given, ours):
+    with pytest.raises(UserError, match=rf"there is no option {given.partition('=')[0]}: {ours} is what is meant"):
+        options.with_options(RUNS["SFT"], [given, "1"])
