@@ -39,7 +39,7 @@ from rljax.identity import base_kind
 from rljax.objectives import tryouts
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
-from rljax.ranges import Coefficient, Natural
+from rljax.ranges import Coefficient, Natural, Rate
 from rljax.types import TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
@@ -50,6 +50,7 @@ class SFT(Run):
     """Supervised fine-tuning on texts, prompts with completions, or chats (whichever the rows are)."""
 
     packing: bool = False  # several documents a row; attention does not cross them
+    learning_rate: Rate = 2e-5  # at the peak of the schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class RewardModel(Run):
 
     loss: Callable[..., Any] = losses.bradley_terry_loss  # (chosen, rejected) or (scores [b k], best) -> [b]
     normalize: Natural = 0  # policy samples on which the reward gets mean 0 and std 1, before and after (1909.08593)
+    learning_rate: Rate = 1e-5  # at the peak of the schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -374,9 +376,23 @@ def _checks(
     ]
     with tracker.phase("checking log-probabilities"):
         checks.append(selfchecks.companions(now, tokens))
+        checks += _contrast(experiment, local, setup.mesh)
         if isinstance(experiment, Preference):
             batch = setup.place(local, params)
             checks.append(selfchecks.first_loss(experiment, setup.evaluate(params, batch), batch))
         if written is not None:
             checks.append(selfchecks.sampler(now, written.rollouts[0]))
     return checks
+
+
+def _contrast(experiment: Run, batch: Any, mesh: Mesh) -> list[selfchecks.Check]:
+    """Whether the first batch has something to compare: the same for all processes."""
+    match experiment:
+        case Preference():
+            pairs = hosts.whole(hosts.place((batch.chosen, batch.rejected), mesh))
+            return [selfchecks.contrast(jax.tree.map(lambda *x: np.stack(x, 1), *pairs))]
+        case RewardModel():
+            return [selfchecks.contrast(hosts.whole(hosts.place(batch.tokens, mesh)))]
+        case Unpaired():
+            return [selfchecks.labels(*hosts.whole(hosts.place((batch[0].desirable, batch[0].tokens), mesh)))]
+    return []

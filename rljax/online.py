@@ -260,6 +260,9 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
     checks += selfchecks.positions(setup.start.model.config, program.longest_row(run))
     if (decay := getattr(run, "ema", None)) is not None:
         checks.append(selfchecks.moving_average(decay, run.steps))
+    if run.kl_target is not None:
+        share = 0.2 * run.batch * run.group / run.kl_horizon
+        checks.append(selfchecks.kl_controller((1 + share) ** run.steps))
     with tracker.phase("checking a first rollout"):
         rollout = _first_rollout(run, setup)
         alone = run.environment is None

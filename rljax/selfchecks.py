@@ -160,6 +160,34 @@ def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
 
 
 @named
+def contrast(tokens: Tokens) -> Check:
+    """The completions that are compared differ: tokens [b k t], k completions of each prompt."""
+    ids, segments, mask = (np.asarray(x) for x in (tokens.ids, tokens.segments, tokens.mask))
+    real = (segments > 0).any((1, 2))
+    marked = np.where(mask, ids, -1)
+    alike = (marked == marked[:, :1]).all((1, 2)) & real
+    said = f"{alike.sum()} of {real.sum()} prompts of the first batch have completions that are token by token the same"
+    if alike.sum() == real.sum():
+        return Check(False, f"{said}: nothing can be learned from them")
+    return Check(True, said, note=bool(alike.any()))
+
+
+def labels(desirable: Any, tokens: Tokens) -> Check:
+    """Completions of both kinds, for a loss that weighs good ones against bad ones (KTO)."""
+    good = np.asarray(desirable)[(np.asarray(tokens.segments) > 0).any(1)]
+    said = f"{good.sum()} of {len(good)} completions of the first batch are marked good"
+    return Check(True, said, note=bool(good.all() or not good.any()))
+
+
+def kl_controller(factor: float) -> Check:
+    """How far the coefficient of the KL can follow its target at most, from the first step to the last."""
+    said = f"kl_target lets the KL coefficient change by a factor of {factor:.3g} at most in the whole run"
+    if factor < 1.1:
+        return Check(True, f"{said}, so that it hardly follows: lower kl_horizon, the number of episodes", note=True)
+    return Check(True, said)
+
+
+@named
 def sampler(policy: Policy, rollout: Rollout, sampling: Sampling | None = None) -> Check:
     """The sampler's log-probabilities are those that the trainer computes for the same tokens, under the same
     temperature and filters.

@@ -17,7 +17,7 @@ from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.objectives import tryouts
 from rljax.program import Run
-from rljax.ranges import Bias, Coefficient, Count, Decay, Mass, Natural, Positive, Score, Share
+from rljax.ranges import Bias, Coefficient, Count, Decay, Mass, Natural, Positive, Rate, Score, Share
 from rljax.sampling import GATHER
 
 DPO = functools.partial(losses.dpo_loss, beta=0.1)
@@ -136,6 +136,7 @@ class OnlinePreference(Sampled):
 class Imitation(Sampled):
     """Supervised fine-tuning on the best of each group: best-of-n, expert iteration, RAFT (2304.06767)."""
 
+    learning_rate: Rate = 2e-5  # at the peak of the schedule
     threshold: Score | None = None  # only completions whose score exceeds it become demonstrations
     group: Count = 8
 

@@ -35,7 +35,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import distributed, extras, failures, progress, traces
+from rljax import distributed, extras, failures, progress, silence, traces
 from rljax.errors import UserError
 from rljax.manifest import read_json, to_json, write_json, write_manifest
 from rljax.types import Mean
@@ -77,6 +77,7 @@ class Tracker:
         self._last_step = -1 if resumed is None else resumed
         self._mark: float | None = None  # when the step before was finished; None while that is not known
         self._paused = 0.0
+        self._silence = silence.Silence(total_steps) if resumed is None else None
         peak = progress.peak_flops()
         self._flops = flops_per_token / (peak * jax.device_count()) if flops_per_token and peak else None
         self.line = progress.Line(total_steps, shown=shown, quiet=not self._writes, console=console, clock=clock)
@@ -218,6 +219,8 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
         self.line.update(step, found, timing)
+        for text in self._silence.see(found) if self._silence is not None else ():
+            self.status(text)
 
     def _timing(self, tokens: int | None) -> dict[str, float]:
         """Seconds since the record before was complete, phases left out; none for the first, which waits to compile."""

@@ -22,7 +22,7 @@ LEVELS = [
     {"views", "identity"},
     {"objectives", "sampling"},
     {"policy"},
-    {"reference", "checkpoint", "progress", "manifest", "plots"},
+    {"reference", "checkpoint", "progress", "manifest", "plots", "silence"},
     {"kept"},
     {"artefacts", "groups"},
     {"tracking", "tasks", "rewards", "methods", "critics", "selfchecks"},

@@ -71,6 +71,26 @@ def test_what_is_only_unusual_is_a_note():
     assert not selfchecks.trained_tokens(rows(*one), Letters(), (2,), budget=3).passed
 
 
+def test_pairs_without_a_difference_and_labels_of_one_kind():
+    one, mask = np.array([[3, 4, 5, 2]]), np.array([[0, 0, 1, 1]], bool)
+
+    def compared(*completions):
+        ids = np.array([[[3, 4, *c] for c in pair] for pair in completions])
+        return Tokens(ids=ids, segments=np.ones_like(ids), mask=np.broadcast_to(mask[0], ids.shape))
+
+    assert not selfchecks.contrast(compared([(5, 2), (5, 2)])).passed
+    some = selfchecks.contrast(compared([(5, 2), (5, 2)], [(5, 2), (6, 2)]))
+    assert (some.passed, some.note, some.name) == (True, True, "contrast")
+    assert not selfchecks.contrast(compared([(5, 2), (6, 2)])).note
+    two = Tokens(ids=np.repeat(one, 2, 0), segments=np.ones((2, 4), int), mask=np.repeat(mask, 2, 0))
+    assert [selfchecks.labels(np.array(x, bool), two).note for x in ([1, 1], [1, 0], [0, 0])] == [True, False, True]
+
+
+def test_a_controller_that_cannot_follow_is_a_note():
+    assert selfchecks.kl_controller(1.00016**200).note
+    assert not selfchecks.kl_controller(1.01**200).note
+
+
 def test_a_check_is_waived_by_its_name():
     failed = selfchecks.Check(False, "they differ", name="sampler"), selfchecks.Check(True, "odd", note=True)
     lines: list[str] = []
