@@ -139,7 +139,7 @@ def with_options(experiment: Any, argv: Sequence[str], prog: str = "rljax run") 
     hints, beside, full = (
         typing.get_type_hints(type(experiment)),
         comments.of_fields(type(experiment)),
-        ranges.annotations,
+        ranges.hints_of,
     )
     values = {field.name: getattr(experiment, field.name) for field in dataclasses.fields(experiment)}
     options, defaults = [], {}

@@ -82,7 +82,7 @@ def check(value: Any) -> None:
     """Raise UserError for a field of a dataclass value that its annotation does not allow, or for a keyword of a
     function that is not a number where it should be one.
     """
-    hints = annotations(type(value))
+    hints = hints_of(type(value))
     for field in dataclasses.fields(value):
         given = getattr(value, field.name)
         check_one(field.name, hints[field.name], given)
@@ -90,7 +90,7 @@ def check(value: Any) -> None:
 
 
 @functools.cache
-def annotations(kind: type) -> dict[str, Any]:
+def hints_of(kind: type) -> dict[str, Any]:
     """The annotations of a dataclass by field, with their ranges."""
     return typing.get_type_hints(kind, include_extras=True)
 

@@ -91,7 +91,7 @@ def update_step(
         grads = jax.tree.map(lambda g, p: (g * scale).astype(p.dtype), grads, weights)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, weights)
-            params = optax.apply_updates(weights, updates)
+            params: Any = optax.apply_updates(weights, updates)
             params = rounded(params, state.params, jax.random.fold_in(jax.random.key(0), state.step))
         # Nothing to learn from (no token is trained): momentum and weight decay must not move the weights either.
         params, opt_state = jax.tree.map(

@@ -35,7 +35,7 @@ def check(run):
 
 
 def kinds(run):
-    return ranges.annotations(type(run))
+    return ranges.hints_of(type(run))
 
 
 def is_number(hint):

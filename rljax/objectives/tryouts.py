@@ -18,12 +18,17 @@ from jax import Array
 
 from rljax.errors import UserError
 
+
+def _f32(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float32)
+
+
 # Log-probabilities of three rows: the policy prefers either answer, and is the reference in the last.
-CHOSEN, REJECTED = np.float32([-3.0, -9.0, -5.0]), np.float32([-8.0, -2.0, -5.5])
-REFERENCE = np.float32([-4.0, -7.0, -5.0]), np.float32([-6.0, -4.0, -5.5])
-LOGPS = np.float32([[0, -1.0, -2.0, -0.5], [0, -0.1, -3.0, 0]])
+CHOSEN, REJECTED = _f32([-3.0, -9.0, -5.0]), _f32([-8.0, -2.0, -5.5])
+REFERENCE = _f32([-4.0, -7.0, -5.0]), _f32([-6.0, -4.0, -5.5])
+LOGPS = _f32([[0, -1.0, -2.0, -0.5], [0, -0.1, -3.0, 0]])
 MASK = np.asarray([[0, 1, 1, 1], [0, 1, 1, 0]], bool)
-GROUPS = np.float32([[1.0, 0.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0]])  # rewards, those of the second prompt alike
+GROUPS = _f32([[1.0, 0.0, 0.5, 2.0], [1.0, 1.0, 1.0, 1.0]])  # rewards, those of the second prompt alike
 
 
 def pairs(loss: Callable[..., Any], *, reference: bool = True) -> None:
@@ -33,7 +38,7 @@ def pairs(loss: Callable[..., Any], *, reference: bool = True) -> None:
 
 def unpaired(loss: Callable[..., Any]) -> None:
     """A loss of `objectives.unpaired`."""
-    _try("loss", loss, (CHOSEN, REFERENCE[0], np.asarray([True, False, True]), np.float32(0.1)), learned=(0,))
+    _try("loss", loss, (CHOSEN, REFERENCE[0], np.asarray([True, False, True]), _f32(0.1)), learned=(0,))
 
 
 def comparison(loss: Callable[..., Any]) -> None:
@@ -50,7 +55,7 @@ def surrogate(loss: Callable[..., Any], names: Sequence[str]) -> None:
     given = {
         "logps": LOGPS,
         "old_logps": LOGPS,
-        "advantages": np.where(MASK, np.float32([[1.0], [-2.0]]), 0),
+        "advantages": np.where(MASK, _f32([[1.0], [-2.0]]), 0),
         "mask": MASK,
     }
     learned = tuple(i for i, name in enumerate(names) if name == "logps")
