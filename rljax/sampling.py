@@ -351,8 +351,8 @@ def _draw(
     inside = _pick(weights, uniform[:, 1])
     token = block * BLOCK + inside
     # As in `ops.aligned_logps`: what was not drawn is added up apart, so that a nearly certain token keeps it.
-    elsewhere = jnp.sum(jnp.where(jnp.arange(sums.shape[1]) == block[:, None], 0.0, sums), axis=-1)
-    beside = jnp.sum(jnp.where(jnp.arange(BLOCK) == inside[:, None], 0.0, weights), axis=-1)
+    elsewhere = jnp.sum(jnp.where(jnp.arange(sums.shape[1])[None] == block[:, None], 0.0, sums), axis=-1)
+    beside = jnp.sum(jnp.where(jnp.arange(BLOCK)[None] == inside[:, None], 0.0, weights), axis=-1)
     below = (jnp.take_along_axis(logits, token[:, None], axis=1) - peak)[:, 0]
     logp = below - jnp.log1p(elsewhere + beside + jnp.expm1(below))
     return token.astype(jnp.int32), jnp.where(greedy, 0.0, logp)
