@@ -384,7 +384,7 @@ def test_an_evaluation_of_ones_own_that_raises_loses_nothing(settings, tmp_path,
             monkeypatch.undo()
             Measured.raises = False
             assert [p.name for p in (tmp_path / name / "run" / "checkpoints").iterdir()] == ["3"]
-        assert online.run(experiment) == 0
+        assert online.run(dataclasses.replace(experiment, accept_changes="evaluate")) == 0
     same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dis
 import functools
 import hashlib
 import importlib.util
@@ -26,6 +27,7 @@ class Code(NamedTuple):
 
     digest: str
     names: tuple[str, ...]  # of globals and attributes that it may read, in the order of their first use
+    written: frozenset[str]  # of globals and attributes that it assigns to: its state, not its settings
 
 
 @functools.cache
@@ -51,7 +53,9 @@ def code_of(function: types.FunctionType) -> Code:
         text = repr(_bytecode(code, function.__doc__))
     else:
         text = _dump(node, outermost=True) + _imported(node, function.__globals__)
-    return Code(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], tuple(_names(code)))
+    return Code(
+        hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16], tuple(_names(code)), _written(code)
+    )
 
 
 def _names(code: types.CodeType) -> dict[str, None]:
@@ -59,6 +63,12 @@ def _names(code: types.CodeType) -> dict[str, None]:
     for inner in _inner(code):
         found |= _names(inner)
     return found
+
+
+def _written(code: types.CodeType) -> frozenset[str]:
+    stores = ("STORE_GLOBAL", "STORE_ATTR")
+    found = {step.argval for step in dis.get_instructions(code) if step.opname in stores}
+    return frozenset(found).union(*map(_written, _inner(code)))
 
 
 def _inner(code: types.CodeType) -> Iterator[types.CodeType]:

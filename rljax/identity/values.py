@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.identity import masking
-from rljax.identity.code import code_of, installed
+from rljax.identity.code import Code, code_of, installed
 
 LONGEST = 64  # items of a list that a record shows; of longer ones it has the hash
 LONGEST_TEXT = 2000
@@ -145,7 +145,7 @@ class _Describer:
         }
         if not library:
             code = code_of(value)
-            uses, hidden = self._uses(code.names, value.__globals__)
+            uses, hidden = self._uses(code, value.__globals__)
             found["code"] = digest([code.digest, hidden]) if hidden else code.digest
             if uses:
                 found["uses"] = uses
@@ -160,11 +160,13 @@ class _Describer:
                 bound[key] = "unbound"
         return found | ({"bound": bound} if bound else {})
 
-    def _uses(self, names: tuple[str, ...], scope: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """The globals that code reads: (values, and helpers as hashes of theirs; names of what libraries give)."""
-        uses, hidden = {}, {}
+    def _uses(self, code: Code, scope: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """The globals that code reads: (values, and helpers as hashes of theirs; names of what libraries give). Those
+        that it assigns to, and classes whose attributes it assigns to, are its state, and no part of what it is.
+        """
+        uses, hidden, names = {}, {}, code.names
         for name in names:
-            if name not in scope:
+            if name not in scope or name in code.written:
                 continue
             value = scope[name]
             if isinstance(value, types.ModuleType):
@@ -175,6 +177,8 @@ class _Describer:
                     uses |= {f"{name}.{other}": self._used(item, other) for other, item in some.items()}
             elif isinstance(value, types.FunctionType | type | types.BuiltinFunctionType) and _of_library(value):
                 hidden[name] = f"{value.__module__}.{value.__qualname__}"
+            elif isinstance(value, type) and code.written & set(vars(value)):
+                hidden[name] = value.__qualname__
             else:
                 uses[name] = self._used(value, name)
         return uses, {name: text for name, text in hidden.items() if text}

@@ -151,6 +151,26 @@ def test_recursion_and_functions_without_a_source_end():
     assert describe(scope["f"])["code"] == describe(scope["h"])["code"] != describe(scope["g"])["code"]
 
 
+class Kept:
+    calls, at = 0, None
+
+
+CALLS = 0
+
+
+def _counting(prompts, completions):
+    global CALLS
+    CALLS += 1
+    Kept.calls += 1
+    return [float(Kept.calls == Kept.at)] * len(completions)
+
+
+def test_what_a_function_keeps_between_calls_is_no_setting_of_it():
+    first = describe(_counting)
+    _counting([], [])
+    assert describe(_counting) == first
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     scale: float
