@@ -92,7 +92,7 @@ OPTION = st.sampled_from(
 )
 
 
-@settings(FUZZ, max_examples=12)  # reading some sixty options takes half a second
+@settings(FUZZ, max_examples=8)  # reading some sixty options takes half a second
 @given(
     command=st.sampled_from(["run", "selfcheck", "plan"]),
     kind=st.sampled_from(sorted(EXPERIMENTS)),
@@ -106,7 +106,7 @@ def test_options_of_a_run(quiet, command, kind, options):
     clear(command, f"{kind}.py", *words)
 
 
-@settings(FUZZ, max_examples=50)
+@settings(FUZZ, max_examples=40)
 @given(
     command=st.sampled_from(["sample", "export", "report", "inspect", "plan", "run", "reproduce", "fly", ""]),
     words=st.lists(
@@ -171,7 +171,7 @@ def damage(path, how):
         path.write_text(json.dumps(record) + "\n")
 
 
-@settings(FUZZ, max_examples=50)
+@settings(FUZZ, max_examples=40)
 @given(name=st.sampled_from(sorted(RECORDS)), how=DAMAGE, command=st.sampled_from(COMMANDS))
 def test_damaged_folders_of_runs(quiet, name, how, command):
     with tempfile.TemporaryDirectory(dir=".") as place:
@@ -197,7 +197,7 @@ def test_files_where_folders_belong_and_folders_where_files_do(quiet, tmp_path, 
         clear(*words)
 
 
-@settings(FUZZ, max_examples=80)
+@settings(FUZZ, max_examples=40)
 @given(
     name=st.sampled_from(["llama", "gemma3", "phi3_longrope", "gpt_neox", "gpt2"]),
     number=st.integers(0, 60),
