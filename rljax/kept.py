@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rljax import models
 from rljax.errors import UserError
-from rljax.manifest import read_json, write_json
+from rljax.manifest import as_written, read_json, read_object, write_json
 from rljax.models import hf, hf_read, hf_write, resolve, tokenizer_files
 from rljax.policy import Policy
 
@@ -44,10 +44,11 @@ def begun(run: str | pathlib.Path, *, mesh: Any, dtype: str) -> Policy | None:
     one. None for a run that kept nothing.
     """
     folder = pathlib.Path(run) / FOLDER
-    record = read_json(folder / RECORD)
+    record = read_object(folder / RECORD)
     if record is None:
         return None
-    config = hf_read.config_of(json.loads(record["source"]), str(folder))
+    with as_written(folder):
+        config = hf_read.config_of(json.loads(record["source"]), str(folder))
     model = models.build(dataclasses.replace(config, source=record["source"], compute_dtype=jnp.dtype(dtype).name))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
@@ -57,8 +58,10 @@ def begun(run: str | pathlib.Path, *, mesh: Any, dtype: str) -> Policy | None:
 
 def where(run: str | pathlib.Path, name: str) -> str:
     """The model of a run that kept nothing: as it was named, from here or from where the run was started."""
-    sessions = (read_json(pathlib.Path(run) / "manifest.json") or {}).get("sessions") or [{}]
-    for folder in (".", *(session.get("directory", ".") for session in sessions)):
+    with as_written(run):
+        sessions = (read_object(pathlib.Path(run) / "manifest.json") or {}).get("sessions") or [{}]
+        starts = [pathlib.Path(session.get("directory", ".")) for session in sessions]
+    for folder in (pathlib.Path("."), *starts):
         if (pathlib.Path(folder) / pathlib.Path(name).expanduser()).exists():
             return str(pathlib.Path(folder) / pathlib.Path(name).expanduser())
     try:
