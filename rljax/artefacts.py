@@ -157,5 +157,5 @@ def sample(
     asked: list[Any] = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
     if not all(map(len, (prompt_ids(prompt, now.tokenizer) for prompt in asked))):
         raise UserError("an empty prompt is no token to this tokenizer: give it something to continue")
-    texts = policy.complete(now, asked, jax.random.key(np.uint32(seed)), batch=len(asked), **sampling).texts
+    texts = policy.complete(now, asked, jax.random.key(np.uint32(seed)), batch=len(asked), **sampling).raw
     return [{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)]

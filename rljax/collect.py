@@ -106,6 +106,7 @@ def _begin_episodes(sampler: Sampler, params: Params, number: int) -> Round:
         mesh=sampler.mesh,
         poll=sampler.judges.poll,
         say=sampler.judges.say,
+        said=sampler.judges.said,
         n=run.group,
     )
     if played.failure is not None:
@@ -222,7 +223,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 def check_on_device(sampler: Sampler, trace: Trace) -> None:
     """RewardError where a JAX reward gave this iteration a NaN (which then has learned nothing)."""
     if sampler.judges.device and not sampler.judges.host and sampler.queue is None:
-        parts = hosts.whole(trace.verdict.parts)
-        if not all(np.isfinite(values).all() for values in parts.values()):
+        parts = judges.with_sum(*hosts.whole((trace.verdict.parts, trace.verdict.total)))
+        if not all(rewards.sound(values).all() for values in parts.values()):
             tokens = hosts.whole(trace.rollout.tokens)
             hosts.together(lambda: judges.refuse_nan(parts, tokens, sampler.start.tokenizer))

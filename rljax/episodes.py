@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from rljax import data, hosts, settings
+from rljax import data, decoding, hosts, settings
 from rljax.data.rows import shown
 from rljax.environments import play
 from rljax.policy import Policy
@@ -38,13 +38,14 @@ def of_rows(
     mesh: Mesh,
     poll: Callable[[], None],
     say: Callable[[str], None],
+    said: set[str],
     n: int = 1,
 ) -> Played:
     """n episodes of each of these rows; says how many failed, and why. Of several processes each plays a part, and all
     get everything.
 
     seed: numbers that set these episodes apart from all others; those of `seed` and of its neighbours share none.
-    width: tokens of a prompt.
+    width: tokens of a prompt. said: what need not be said again.
     """
     part = hosts.share_of_known(len(indices))
     words = np.random.SeedSequence([part % 2**32 for part in seed]).generate_state(1)
@@ -64,6 +65,7 @@ def of_rows(
         mesh=mesh,
         numbers=part.mine,
     )
+    _say_of_specials(now, episodes.rollout, say, said)
     failed = np.asarray([failure is not None for failure in episodes.failures], bool)
     total = np.where(failed, np.nan, episodes.rewards.sum(1)).astype(np.float32)
     each = hosts.grouped(part, n)
@@ -79,3 +81,17 @@ def of_rows(
     said = f"{np.isnan(total).sum()} of {len(total)} episodes failed; {reason[1]}"
     say(said)
     return Played(rollout, rewards, total, said if np.isnan(total).all() else None)
+
+
+def _say_of_specials(now: Policy, rollout: Rollout, say: Callable[[str], None], said: set[str]) -> None:
+    """Say once that the text of actions is without special tokens which the policy writes."""
+    if "special tokens" in said:
+        return
+    written = np.unique(np.asarray(rollout.tokens.ids)[np.asarray(rollout.tokens.mask)])
+    found = decoding.specials(now.tokenizer, written[~np.isin(written, now.stop_ids)])
+    if found:
+        said.add("special tokens")
+        say(
+            f"actions hold the special tokens {', '.join(found[:5])}, which the text that the environment gets is "
+            "without: its attribute raw has them"
+        )

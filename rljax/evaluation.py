@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from rljax import data, episodes, hosts, iteration, judges, policy, program, prompts, settings, shaping, tracking
+from rljax import data, decoding, episodes, hosts, iteration, judges, policy, program, prompts, settings, shaping, tracking
 from rljax.errors import UserError
 from rljax.iteration import Learner, exported
 from rljax.program import Progress
@@ -18,7 +20,7 @@ class Written(NamedTuple):
     """Completions of some data rows, with their rewards; all on the host."""
 
     prompts: list[str]
-    texts: list[str]
+    texts: list[str]  # with special tokens, but for the one that a text stopped at
     total: np.ndarray  # f32[n]
     parts: dict[str, np.ndarray]  # f32[n] each
     lengths: np.ndarray  # i64[n]; tokens
@@ -48,12 +50,19 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     part = hosts.share_of_known(len(rows))  # every process has all texts, and judges some
     said = judges.start(setup.sampler.judges, source, range(len(rows)), rollouts.tokens, part)()
     lengths, finished = np.asarray(rollouts.tokens.mask).sum(1), np.asarray(rollouts.finished)
-    return Written([shown(prompt) for prompt in asked], made.texts, said.total, dict(said.parts), lengths, finished)
+    return Written([shown(prompt) for prompt in asked], made.raw, said.total, dict(said.parts), lengths, finished)
 
 
 def shown(prompt: Any) -> str:
     """A prompt as a text to look at."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(map(_message, prompt))
+
+
+def _message(message: Mapping[str, Any]) -> str:
+    """One that calls tools need not have content."""
+    calls = message.get("tool_calls")
+    said = [message.get("content") or "", json.dumps(calls, ensure_ascii=False, default=str) if calls else ""]
+    return f"{message['role']}: {' '.join(filter(None, said))}"
 
 
 def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: Any, seed: int) -> Written:
@@ -69,12 +78,13 @@ def _episodes(run: Any, setup: Any, now: policy.Policy, rows: data.Rows, key: An
         mesh=sampler.mesh,
         poll=sampler.judges.poll,
         say=sampler.judges.say,
+        said=sampler.judges.said,
     )
     tokens, width = rollout.tokens, sampler.source.width  # prompts end before this column
     real, after = np.asarray(tokens.segments) > 0, np.arange(tokens.ids.shape[1]) >= width
-    asked, texts = (
-        policy.decode(now.tokenizer, dataclasses.replace(tokens, mask=real & where)) for where in (~after, after)
-    )
+    prompt, rest = (dataclasses.replace(tokens, mask=real & where) for where in (~after, after))
+    asked = decoding.texts(now.tokenizer, prompt)
+    texts = decoding.texts(now.tokenizer, rest, special=True, stop_ids=now.stop_ids)
     lengths, finished = np.asarray(tokens.mask).sum(1), np.asarray(rollout.finished)
     return Written(asked, texts, total, {"environment": total}, lengths, finished)
 

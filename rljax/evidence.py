@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rljax import decoding
 from rljax.errors import UserError
 from rljax.failures import visible
 from rljax.iteration import Trace
@@ -64,24 +65,21 @@ def rows_of(
                     flat = clipped(now[None], old[None], batch.advantages[i][None], mask[None])
                     columns["clipped"] = np.asarray(flat)[0]
         total, written = float(verdict.total[i]), real & (np.cumsum(mask) > 0)
+        before = rollout.tokens.ids[i][real & (np.cumsum(mask) == 0)]
         untrained = np.isnan(total) or (verdict.greedy is not None and np.isnan(verdict.greedy.total[i]))
         found.append(
             {
                 "row": i,
-                "prompt": tokenizer.decode(rollout.tokens.ids[i][real & (np.cumsum(mask) == 0)]),
+                "prompt": decoding.decode(tokenizer, before, special=True),
                 "score": None if np.isnan(total) else total,
                 "rewards": {k: None if np.isnan(v[i]) else float(v[i]) for k, v in verdict.parts.items()},
                 "finished": bool(rollout.finished[i]),
-                "tokens": _pieces(tokenizer, rollout.tokens.ids[i][written]),
+                "tokens": decoding.pieces(tokenizer, before, rollout.tokens.ids[i][written]),
                 "mask": (mask & (not untrained))[written].tolist(),
                 **{k: _numbers(v[written]) for k, v in columns.items()},
             }
         )
     return found
-
-
-def _pieces(tokenizer: Any, ids: np.ndarray) -> list[str]:
-    return [tokenizer.decode([int(i)]) for i in ids]
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:

@@ -19,7 +19,7 @@ from jax import Array
 from rljax import advantages, ops, sampling, shaping, train
 from rljax.filters import Sampling
 from rljax.methods import Judged, Method, Notes, share, whitening
-from rljax.rewards import Reward, judge_on_device
+from rljax.rewards import Reward, judge_on_device, sound
 from rljax.shaping import Moments
 from rljax.types import LanguageModel, Mean, Metrics, Params, PolicyBatch, Rollout, Tokens, TrainState, pytree
 from rljax.views import decoder_params
@@ -161,8 +161,8 @@ def _whole(
     pretrain: Tokens | None,
     key: Array,
 ) -> tuple[Learner, Metrics, Trace]:
-    """Sample, judge, learn, for rewards that are JAX functions. Where one of them is not finite nothing is learned: the
-    learner stays as it is, its number of iterations too.
+    """Sample, judge, learn, for rewards that are JAX functions. Where one of them is not finite, or too large for
+    a variance (`sound`), nothing is learned: the learner stays as it is, its number of iterations too.
     """
     params = learner.train.params
     rollout = sample(params, prompts, key)
@@ -175,7 +175,7 @@ def _whole(
         greedy = greedy_verdict(alone, answers, run.group)
     verdict = Verdict(total=total, parts=said, per_token=per_token, greedy=greedy)
     notes = annotate(params, reference, rollout)
-    finite = jnp.stack([jnp.isfinite(values).all() for values in said.values()]).all()
+    finite = jnp.stack([sound(values).all() for values in (total, *said.values())]).all()
     learner, metrics, trace = _where(
         finite, lambda learner: learn(learner, rollout, notes, verdict, pretrain, key), learner
     )
@@ -223,7 +223,9 @@ def shape(run: Any, moments: Moments, rollout: Rollout, verdict: Verdict) -> tup
     alone, scale = None, (_scaled(run, moments, jnp.ones(1)) - _scaled(run, moments, jnp.zeros(1)))[0]
     if greedy is not None:
         alone = _scaled(run, moments, shortened(run, greedy.total, greedy.lengths))
-        alone = jnp.where(applies, _limited(run, alone, greedy.finished), 0.0)
+        alone = _limited(run, alone, greedy.finished)
+        # By its own verdict: the first row of a group, whose baseline stands for all, may be one without a reward.
+        alone = jnp.where(jnp.isnan(greedy.total), 0.0, alone)
     judged = Judged(
         scores=jnp.where(applies, _limited(run, _scaled(run, moments, scores), rollout.finished), 0.0),
         applies=applies,

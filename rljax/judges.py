@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,9 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax import hosts, policy, rewards
+from rljax import decoding, hosts, rewards
 from rljax.prompts import Prompts
+from rljax.rewards.answers import TOO_LARGE
 from rljax.types import Tokens
+
+PATIENCE = 3  # batches without a row to which a reward applies before that is said
+SUM = "(all of them, weighted)"
 
 
 class Leaving(Exception):
@@ -29,6 +34,9 @@ class Judges(NamedTuple):
     timeout: float | None  # seconds
     poll: Callable[[], None]  # raises to stop waiting
     say: Callable[[str], None]
+    stop_ids: tuple[int, ...]
+    said: set[str]  # what need not be said again
+    batches: collections.Counter[str]  # in which a reward applied to some row, or to none
 
 
 def make(
@@ -39,6 +47,7 @@ def make(
     timeout: float | None,
     stop: Any,
     say: Callable[[str], None],
+    stop_ids: tuple[int, ...] = (),
 ) -> Judges:
     """stop: what `tracking.graceful_stop` gives: once it is requested, nobody waits any longer."""
     device = tuple(one for one in asked if one.on_device)
@@ -56,6 +65,9 @@ def make(
         timeout=timeout,
         poll=poll,
         say=say,
+        stop_ids=stop_ids,
+        said=set(),
+        batches=collections.Counter(),
     )
 
 
@@ -85,12 +97,16 @@ def start(
         scores = _no_scores(judges, len(mask))
         if judges.host:
             scores = _of_all(part, hosts.together(answer), own.mask, mask)
+            if said is None:
+                _say_of_nothing(judges, scores)
         if said is None:
             return scores
         known = isinstance(tokens.ids, np.ndarray)
         total, per_token, parts = hosts.whole(said) if known else hosts.local(said, judges.mesh)
-        hosts.together(lambda: refuse_nan(parts, here, judges.tokenizer))
-        return rewards.merge(scores, total, per_token, parts, mask, (*judges.host, *judges.device))
+        both = rewards.merge(scores, total, per_token, parts, mask, (*judges.host, *judges.device))
+        some = np.where(np.isnan(both.total), 0.0, both.total)  # to the others no reward applies
+        hosts.together(lambda: refuse_nan(with_sum(parts, some), here, judges.tokenizer))
+        return both
 
     return wait
 
@@ -124,23 +140,74 @@ def _start_host(
     judges: Judges, source: Prompts, indices: Sequence[int] | np.ndarray, tokens: Tokens
 ) -> rewards.Judgement:
     some = [source.rows[int(i)] for i in indices]
+    ids = [source.ids(int(i)) for i in indices]
+    written = [row for _, row in decoding.rows(tokens)]
+    _say_of_specials(judges, written)
+    more: dict[str, list[str]] = {}
+    if rewards.wants(judges.host, "raw_completions"):
+        more["raw_completions"] = decoding.texts(judges.tokenizer, tokens, special=True, stop_ids=judges.stop_ids)
+    if rewards.wants(judges.host, "prompt_texts"):
+        more["prompt_texts"] = [decoding.decode(judges.tokenizer, prompt, special=True) for prompt in ids]
     return rewards.start(
         judges.host,
         [row["prompt"] for row in some],
-        policy.decode(judges.tokenizer, tokens),
+        decoding.texts(judges.tokenizer, tokens),
         fields={name: [row.get(name) for row in some] for name in source.fields},
-        prompt_ids=[source.ids(int(i)) for i in indices],
-        completion_ids=[row[where] for row, where in zip(np.asarray(tokens.ids), np.asarray(tokens.mask), strict=True)],
+        prompt_ids=ids,
+        completion_ids=written,
+        **more,
     )
 
 
+def _say_of_specials(judges: Judges, written: Sequence[np.ndarray]) -> None:
+    """Say once that rewards do not see a special token that the policy writes, and what to do."""
+    blind = [one.name for one in judges.host if not (one.special_tokens or rewards.wants([one], "raw_completions"))]
+    if not blind or "special tokens" in judges.said:
+        return
+    found = dict.fromkeys(
+        name for ids in written for name in decoding.specials(judges.tokenizer, ids, stop_ids=judges.stop_ids)
+    )
+    if found:
+        judges.said.add("special tokens")
+        judges.say(
+            f"completions hold the special tokens {', '.join(list(found)[:5])}, which texts are without: the "
+            f"reward{'s' * (len(blind) > 1)} {', '.join(blind)} cannot see them. If they matter, make it "
+            f"rewards.reward({blind[0]}, special_tokens=True)"
+        )
+
+
+def _say_of_nothing(judges: Judges, scores: rewards.Scores) -> None:
+    """Say once that a reward applies to no row of the first batches: nothing is learned from it."""
+    judges.batches.update(["all"])
+    for name, values in {"all": scores.total, **scores.parts}.items():
+        if len(values) and np.isnan(values).all():
+            judges.batches.update([f"none of {name}"])
+        else:
+            judges.batches[f"some of {name}"] += 1
+        empty, some = judges.batches[f"none of {name}"], judges.batches[f"some of {name}"]
+        if some or name in judges.said or empty < (1 if name == "all" else PATIENCE):
+            continue
+        judges.said.add(name)
+        if name == "all":
+            judges.say(f"no reward applies to any of {len(values)} completions (all said None): they train nothing")
+        else:
+            judges.say(f"the reward {name} said None of every completion of {empty} batches: it applies to none")
+
+
+def with_sum(parts: Mapping[str, np.ndarray], total: np.ndarray) -> dict[str, np.ndarray]:
+    """What JAX rewards gave, with their weighted sum, which may be too large where none of them is."""
+    return {**parts, SUM: total}
+
+
 def refuse_nan(parts: Mapping[str, np.ndarray], tokens: Tokens, tokenizer: Any, when: str = "") -> None:
-    """RewardError where a JAX reward gave something that is not a finite number. All on the host."""
+    """RewardError where a JAX reward gave something that is not a number to learn from. All on the host."""
     for name, values in parts.items():
-        for row in np.flatnonzero(~np.isfinite(values))[:1]:
+        for row in np.flatnonzero(~rewards.sound(np.asarray(values)))[:1]:
+            large = f", {TOO_LARGE}" if np.isfinite(values[row]) else ""
             ids, mask = np.asarray(tokens.ids)[row], np.asarray(tokens.mask)[row]
             before = (np.asarray(tokens.segments)[row] > 0) & (np.cumsum(mask) == 0)
             raise rewards.RewardError(
-                f"the reward {name} failed in row {row}{when}: it returned {values[row]}. Row {row}: prompt "
-                f"{tokenizer.decode(ids[before])!r}, completion {tokenizer.decode(ids[mask])!r}"
+                f"the reward {name} failed in row {row}{when}: it returned {values[row]}{large}. Row {row}: prompt "
+                f"{decoding.decode(tokenizer, ids[before], special=True)!r}, completion "
+                f"{decoding.continuation(tokenizer, ids[before], ids[mask], special=True)!r}"
             )

@@ -331,7 +331,7 @@ def _measure(
 ) -> None:
     """Show samples, and find out what the experiment itself wants to know: before and after training."""
     if written is not None:
-        rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, written.texts, strict=True)]
+        rows = [{"prompt": str(p), "completion": t} for p, t in zip(setup.task.prompts, written.raw, strict=True)]
         tracker.samples(step, [{"phase": phase, **row} for row in rows], title=f"{phase} training")
     now = setup.policy._replace(params=state.params)
     program.measure(experiment, now, setup.policy.params, tracker, step, phase)

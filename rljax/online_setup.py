@@ -90,7 +90,13 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
         mesh=mesh,
         start=start,
         judges=judges.make(
-            asked, tokenizer=start.tokenizer, mesh=mesh, timeout=run.reward_timeout, stop=stop, say=tracker.status
+            asked,
+            tokenizer=start.tokenizer,
+            mesh=mesh,
+            timeout=run.reward_timeout,
+            stop=stop,
+            say=tracker.status,
+            stop_ids=start.stop_ids,
         ),
         source=source,
         sample=compiled["sample"],

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax import hosts, sharding
+from rljax import decoding, hosts, sharding
 from rljax.data import prompt_ids
 from rljax.models import hf, resolve
 from rljax.sampling import generate
@@ -28,6 +28,7 @@ class Policy(NamedTuple):
 
 class Completions(NamedTuple):
     texts: list[str]  # what was written, special tokens left out
+    raw: list[str]  # with them, but for the one that a text stopped at
     rollouts: list[Rollout]  # as sampled, on every host, in batches; rows that only fill up the last one are cut off
 
 
@@ -70,7 +71,8 @@ def complete(
     """
     ids = [prompt_ids(prompt, policy.tokenizer, max_prompt=max_prompt) for prompt in prompts]
     width = -(-max(map(len, ids), default=1) // BUCKET) * BUCKET
-    mesh, texts, rollouts = hosts.mesh_of(policy.params), [], []
+    mesh, rollouts = hosts.mesh_of(policy.params), []
+    texts: tuple[list[str], list[str]] = ([], [])
     for start in range(0, len(ids), batch):
         some = ids[start : start + batch]
         rows = len(some)
@@ -85,8 +87,9 @@ def complete(
         )
         rollout = jax.tree.map(lambda x, n=rows: x[:n], hosts.whole(rollout))
         rollouts.append(rollout)
-        texts += decode(policy.tokenizer, rollout.tokens)
-    return Completions(texts, rollouts)
+        for special, found in enumerate(texts):
+            found += decoding.texts(policy.tokenizer, rollout.tokens, special=bool(special), stop_ids=policy.stop_ids)
+    return Completions(*texts, rollouts)
 
 
 def full(rows: int, mesh: Mesh | None) -> int:
@@ -109,9 +112,3 @@ def left_pad(ids: Sequence[np.ndarray], *, rows: int, width: int) -> Tokens:
         segments[row, width - len(prompt) :] = 1
     arrays: dict[str, Any] = {"ids": out, "segments": segments, "mask": np.zeros((rows, width), bool)}
     return Tokens(**arrays)
-
-
-def decode(tokenizer: Any, tokens: Tokens) -> list[str]:
-    """The text of each row's trained (sampled) tokens."""
-    pairs = zip(np.asarray(tokens.ids), np.asarray(tokens.mask), strict=True)
-    return [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in pairs]

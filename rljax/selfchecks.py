@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rljax import hosts
+from rljax import decoding, hosts
 from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.logprobs import token_logps
@@ -106,9 +107,12 @@ def trained_tokens(tokens: Tokens, tokenizer: Any, stop_ids: tuple[int, ...], *,
 def marked(ids: np.ndarray, segments: np.ndarray, mask: np.ndarray, tokenizer: Any) -> str:
     """A row as text, its trained stretches in ⟦ ⟧."""
     ids, mask = ids[segments > 0], mask[segments > 0]
-    edges = np.flatnonzero(np.diff(mask)) + 1
-    parts = zip(np.split(ids, edges), np.split(mask, edges), strict=True)
-    return "".join(f"⟦{tokenizer.decode(i)}⟧" if m[0] else tokenizer.decode(i) for i, m in parts if len(i))
+    edges = [0, *(np.flatnonzero(np.diff(mask)) + 1), len(ids)]
+    found = ""
+    for start, end in itertools.pairwise(edges):
+        text = decoding.continuation(tokenizer, ids[:start], ids[start:end], special=True)
+        found += f"⟦{text}⟧" if end > start and mask[start] else text
+    return found
 
 
 @named

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import collect, data, judges, policy, prompts, rewards, settings, sharding
+from rljax import collect, data, decoding, judges, policy, prompts, rewards, settings, sharding
 from rljax.data import Rows
 from rljax.models import resolve
 from rljax.types import Rollout, Tokens
@@ -160,7 +160,7 @@ def test_host_and_jax_rewards_make_one_verdict(tokenizer, rows):
     np.testing.assert_allclose(verdict.parts["short"], [-2.0] * 4)
     np.testing.assert_allclose(verdict.total, np.asarray(verdict.parts["letters"]) - 2.0, rtol=1e-6)
     alone = write(1, by(1.0), prompts.prompt_tokens(sampler.source, sampler.source.batch(0)), jax.random.key(1))
-    texts = policy.decode(tokenizer, alone.tokens)
+    texts = decoding.texts(tokenizer, alone.tokens)
     expected = np.asarray(letters(None, texts)) - 2.0
     np.testing.assert_allclose(verdict.greedy.total, np.repeat(expected, 2), rtol=1e-6)
     assert np.asarray(verdict.greedy.lengths).tolist() == [4] * 4
@@ -173,7 +173,7 @@ def test_a_jax_reward_that_is_not_finite_is_refused_with_its_row(tokenizer, rows
 
     sampler = make(tokenizer, rows, (letters, broken))
     a_round = collect.begin(sampler, by(1.0), 0)
-    text = policy.decode(tokenizer, a_round.rollout.tokens)[2]
+    text = decoding.texts(tokenizer, a_round.rollout.tokens)[2]
     with pytest.raises(rewards.RewardError, match=r"the reward broken failed in row 2: it returned nan") as error:
         a_round.judge()()
     assert repr(text) in str(error.value)

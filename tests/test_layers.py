@@ -18,7 +18,7 @@ LEVELS = [
     {"advantages", "shaping", "filters", "sharding", "metrics", "distributed", "traces"},
     {"hosts"},
     {"models"},
-    {"train", "logprobs", "data"},
+    {"train", "logprobs", "data", "decoding"},
     {"views", "identity"},
     {"objectives", "sampling"},
     {"policy"},

@@ -333,6 +333,15 @@ def test_a_greedy_completion_that_no_reward_applies_to_trains_nothing_of_its_pro
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+def test_the_baseline_is_the_greedy_completions_whether_or_not_a_reward_applies_to_the_groups_first_row():
+    greedy, total = jnp.asarray([2.0, 0.0, -1.0]), np.array(GROUPS)
+    total[0, 0] = total[2, 3] = NAN
+    batch, _, _, _ = group_batch(total, advantage=advantages.greedy_baseline, greedy=greedy)
+    found = np.asarray(batch.advantages).sum(1) / np.maximum(np.asarray(batch.tokens.mask).sum(1), 1)
+    wanted = np.nan_to_num(total - np.asarray(greedy)[:, None])
+    np.testing.assert_allclose(found.reshape(-1, 4), wanted, rtol=1e-6)
+
+
 def test_the_greedy_score_is_shaped_like_the_others():
     """Clipped, over the same running standard deviation, without its end, as long as it is."""
     batch, _, rollout, _ = group_batch(

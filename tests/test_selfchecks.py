@@ -21,7 +21,7 @@ from tests.test_sampling import prompts
 class Letters:
     """A tokenizer for looking at rows: every id is a letter."""
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return "".join(chr(97 + int(i) % 26) for i in ids)
 
     def convert_ids_to_tokens(self, ids):

@@ -14,7 +14,8 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from rljax import hosts
+from rljax import decoding, hosts
+from rljax.environments.turns import Written
 from rljax.policy import BUCKET, Policy, full, left_pad
 from rljax.sampling import generate
 from rljax.types import Rollout, Tokens
@@ -26,7 +27,7 @@ LATER_TURNS = 2**31  # what turn t > 0 folds into an episode's key, beside t: mo
 class Action(NamedTuple):
     ids: np.ndarray  # i32[k]
     logps: np.ndarray  # f32[k]
-    text: str  # without special tokens
+    text: Written
     finished: bool  # it ends in a stop token
 
 
@@ -65,24 +66,28 @@ def write(
     return jax.tree.map(lambda x: x[first : first + len(contexts)], rollout)
 
 
-def taken(tokenizer: Any, rollout: Rollout, contexts: Sequence[np.ndarray]) -> list[Action | None]:
+def taken(policy: Policy, rollout: Rollout, contexts: Sequence[np.ndarray]) -> list[Action | None]:
     """The action in each row; None after an empty context."""
     found: list[Action | None] = []
     for row, context in enumerate(contexts):
         mask = rollout.tokens.mask[row]
-        ids = rollout.tokens.ids[row][mask]
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        action = Action(np.asarray(ids), np.asarray(rollout.logps[row][mask]), text, bool(rollout.finished[row]))
+        ids, logps = np.asarray(rollout.tokens.ids[row][mask]), np.asarray(rollout.logps[row][mask])
+        action = Action(ids, logps, _text(policy, context, ids), bool(rollout.finished[row]))
         found.append(action if len(context) else None)
     return found
 
 
-def cut(action: Action, room: int, tokenizer: Any) -> Action:
-    """Its first tokens, if there is no room for all of them."""
+def cut(action: Action, room: int, policy: Policy, context: np.ndarray) -> Action:
+    """Its first tokens, if there is no room for all of them. context: i32[k], what it follows."""
     if len(action.ids) <= room:
         return action
     ids = action.ids[:room]
-    return Action(ids, action.logps[:room], tokenizer.decode(ids, skip_special_tokens=True), finished=False)
+    return Action(ids, action.logps[:room], _text(policy, context, ids), finished=False)
+
+
+def _text(policy: Policy, context: np.ndarray, ids: np.ndarray) -> Written:
+    text, raw = decoding.written(policy.tokenizer, context, ids, stop_ids=policy.stop_ids)
+    return Written(text, raw=raw, prompt=decoding.decode(policy.tokenizer, context, special=True))
 
 
 def bucket(width: int, limit: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from rljax import extras
 from rljax.data import Row
 from rljax.environments.prompts import Reward, host_rewards, judge
-from rljax.environments.turns import Environment, Text, Turn, message
+from rljax.environments.turns import Environment, Text, Turn, message, stripped
 from rljax.errors import UserError
 
 CATEGORIES = ("tech_support", "conversations")
@@ -48,7 +48,7 @@ def customer_service(reward: Reward, *, chat: bool = False, system: str = SYSTEM
 
     def step(talk: _Talk, text: str, ids: np.ndarray) -> tuple[_Talk, Turn]:
         words, answer = talk.turns[talk.at : talk.at + 2]
-        score = judge(several, words, text.strip(), ids, {"answer": answer})
+        score = judge(several, words, stripped(text), ids, {"answer": answer})
         talk = talk._replace(at=talk.at + 2)
         if talk.at == len(talk.turns):
             return talk, Turn(None, score, done=True)

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from rljax import decoding, rewards
 from rljax.data import Row
 from rljax.environments import actions, transcripts
 from rljax.environments.actions import Action
@@ -20,6 +21,7 @@ from rljax.environments.transcripts import Transcript
 from rljax.environments.turns import Environment, Episodes, Game, Round, Text, Turn
 from rljax.errors import UserError
 from rljax.policy import Policy
+from rljax.rewards.answers import TOO_LARGE
 from rljax.rewards.core import described
 from rljax.types import Rollout, Tokens
 
@@ -147,9 +149,8 @@ def play_against(
             sampling=sampling or {},
             mesh=mesh,
         )
-        tokenizer = policies[player].tokenizer
-        reading = functools.partial(actions.taken, tokenizer, written, contexts)
-        episodes = apart(functools.partial(_answered, game, episodes, player, reading, limits, tokenizer, call))
+        reading = functools.partial(actions.taken, policies[player], written, contexts)
+        episodes = apart(functools.partial(_answered, game, episodes, player, reading, limits, policies[player], call))
     each_player = enumerate(policies)
     return apart(lambda: tuple(_collect(episodes, player, policy, limits) for player, policy in each_player))
 
@@ -240,13 +241,15 @@ def _answered(
     player: int,
     reading: Callable[[], Sequence[Action | None]],
     limits: _Limits,
-    tokenizer: Any,
+    policy: Policy,
     call: Callable[..., list[Any]],
 ) -> list[_Episode]:
     """The episodes after a player's actions and what the game answers, all at the same time."""
     written = reading()
     taken = [
-        None if action is None else actions.cut(action, _room(episode.players[player], limits), tokenizer)
+        None
+        if action is None
+        else actions.cut(action, _room(episode.players[player], limits), policy, episode.players[player].ids)
         for episode, action in zip(episodes, written, strict=True)
     ]
     steps = [
@@ -273,8 +276,10 @@ def _step(game: Game, state: Any, player: int, action: Action) -> tuple[Any, Rou
         )
     numbers = tuple(float(reward) for reward in (*answer.rewards, answer.shared))
     for reward in numbers:
-        if not math.isfinite(reward):
-            raise UserError(f"the reward is {reward}, not a finite number")
+        if not rewards.sound(reward):
+            raise UserError(
+                f"the reward is {reward:g}, " + (TOO_LARGE if math.isfinite(reward) else "not a finite number")
+            )
     return state, answer._replace(rewards=numbers[:-1], shared=numbers[-1], done=bool(answer.done))
 
 
@@ -322,7 +327,8 @@ def _collect(episodes: Sequence[_Episode], player: int, policy: Policy, limits: 
                 if episode.failure is None:
                     mask[row, here], logps[row, here] = True, piece.logps
             column = here.stop
-        texts.append(policy.tokenizer.decode(ids[row, limits.max_prompt : column], skip_special_tokens=True))
+        first = transcript.pieces[0].ids if transcript.pieces else ids[row, :0]
+        texts.append(decoding.continuation(policy.tokenizer, first, ids[row, limits.max_prompt : column]))
         finished.append(episode.done and transcript.finished and episode.failure is None)
     arrays: dict[str, Any] = {"ids": ids, "segments": segments, "mask": mask}
     rollout: dict[str, Any] = {"logps": logps, "finished": np.asarray(finished, bool)}

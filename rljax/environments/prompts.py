@@ -81,6 +81,15 @@ def judge(several: tuple[rewards.Reward, ...], prompt: Text, text: str, ids: np.
     """The weighted sum of host rewards of one completion; 0 where none applies."""
     columns = {name: [value] for name, value in fields.items()}
     nothing = [np.zeros(0, np.int32)]
-    said = rewards.start(several, [prompt], [text], fields=columns, prompt_ids=nothing, completion_ids=[ids])
+    said = rewards.start(
+        several,
+        [prompt],
+        [text],
+        fields=columns,
+        prompt_ids=nothing,
+        completion_ids=[ids],
+        raw_completions=[getattr(text, "raw", text)],
+        prompt_texts=[getattr(text, "prompt", "")],
+    )
     total = float(said.result(timeout=None, poll=leave_if_given_up).total[0])
     return 0.0 if math.isnan(total) else total

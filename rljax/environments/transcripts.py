@@ -86,9 +86,9 @@ def act(transcript: Transcript, ids: np.ndarray, logps: np.ndarray, text: str, *
     """The player's next action, as sampled."""
     messages = transcript.messages
     if messages and messages[-1]["role"] == "assistant":  # it went on after a text in the middle of its answer
-        messages = (*messages[:-1], {**messages[-1], "content": (messages[-1]["content"] or "") + text})
+        messages = (*messages[:-1], {**messages[-1], "content": (messages[-1].get("content") or "") + str(text)})
     elif messages:
-        messages = (*messages, {"role": "assistant", "content": text})
+        messages = (*messages, {"role": "assistant", "content": str(text)})
     return dataclasses.replace(
         transcript, pieces=(*transcript.pieces, Piece(ids, logps)), messages=messages, finished=finished
     )

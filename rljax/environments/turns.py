@@ -13,6 +13,34 @@ from rljax.types import Rollout
 Text = str | np.ndarray | list[dict[str, Any]]  # a text, token ids [k], or messages for the chat template
 
 
+class Written(str):
+    """The text of an action, without special tokens.
+
+    raw: the same with those that the policy wrote, but for the one it stopped at: <think> may be one. prompt: all that
+    the action follows, as the policy read it; a template's generation prompt, which may end in <think>, closes it.
+    """
+
+    raw: str
+    prompt: str
+
+    def __new__(cls, text: str, *, raw: str | None = None, prompt: str = "") -> Written:
+        made = super().__new__(cls, text)
+        made.raw, made.prompt = str(text) if raw is None else raw, prompt
+        return made
+
+    def __reduce__(self) -> Any:
+        return _written, (str(self), self.raw, self.prompt)
+
+
+def _written(text: str, raw: str, prompt: str) -> Written:
+    return Written(text, raw=raw, prompt=prompt)
+
+
+def stripped(text: str) -> Written:
+    """Without the white space around it."""
+    return Written(text.strip(), raw=getattr(text, "raw", text).strip(), prompt=getattr(text, "prompt", ""))
+
+
 class Turn(NamedTuple):
     """What an environment answers to an action."""
 
@@ -27,7 +55,8 @@ class Environment(NamedTuple):
     reset: (data row, seed) -> (state, prompt). The copies of an episode (n > 1) share one reset and its prompt, and
       each has a deep copy of the state, so that a step may change it. Where a state cannot be copied, reset is called
       again for each copy, with the same seed.
-    step: (state, the action as text without special tokens, its token ids) -> (state, Turn). Runs in a thread of its
+    step: (state, the action as text (`Written`: a str, whose `raw` has the special tokens too), its token ids) ->
+      (state, Turn). Runs in a thread of its
       own; it may block, raise, or take too long, and ends nothing but its own episode.
     max_turns: how many times the policy may act.
     """

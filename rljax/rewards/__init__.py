@@ -12,8 +12,8 @@ scores = judging.result(timeout=600)
 
 from rljax.rewards.checkpoints import embedding_similarity, from_checkpoint, opened
 from rljax.rewards.core import Reward, RewardError, Scores, as_rewards, on_device, reward
-from rljax.rewards.device import device_params, judge_on_device, merge
-from rljax.rewards.judging import Judgement, check_fields, start
+from rljax.rewards.device import device_params, judge_on_device, merge, sound
+from rljax.rewards.judging import Judgement, check_fields, start, wants
 from rljax.rewards.matching import exact_match, format_reward, numeric_match, regex_match
 from rljax.rewards.overlap import bleu, chrf, rouge_1, rouge_2, rouge_l, token_f1
 from rljax.rewards.pairwise import win_rate
@@ -45,8 +45,10 @@ __all__ = [
     "rouge_1",
     "rouge_2",
     "rouge_l",
+    "sound",
     "start",
     "token_f1",
     "vader_sentiment",
+    "wants",
     "win_rate",
 ]

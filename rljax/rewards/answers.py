@@ -13,6 +13,8 @@ import numpy as np
 
 from rljax.errors import UserError
 
+LARGEST = 1e18  # of a reward: float32 holds its square, and sums of some hundred squares, as a variance has them
+TOO_LARGE = f"and beyond {LARGEST:g} means and variances of a batch overflow in float32: scale rewards down"
 NONE_HINT = "return None for a row to which the reward does not apply"
 
 
@@ -51,6 +53,9 @@ def parse(raw: Any, lengths: Sequence[int]) -> Answer:
             raise Wrong("it returned a number here and sequences elsewhere: return numbers, or per-token numbers", i)
         tokens.append(None if item is None else _tokens(item, i, lengths[i]))
     sums = [np.nan if x is None else np.sum(x, dtype=np.float64) for x in tokens]
+    for i, total in enumerate(sums):
+        if abs(total) > LARGEST:
+            raise Wrong(f"its per-token numbers sum up to {total:g}, {TOO_LARGE}", i)
     return Answer(np.asarray(sums, np.float32), tokens)
 
 
@@ -102,6 +107,8 @@ def _number(x: Any, row: int) -> float:
         value, narrow = float("inf"), False
     if not narrow:
         raise Wrong(f"it returned {value}, which is no finite number in float32; mend the reward, or {NONE_HINT}", row)
+    if abs(value) > LARGEST:
+        raise Wrong(f"it returned {value:g}, {TOO_LARGE}", row)
     return value
 
 

@@ -27,6 +27,7 @@ class Reward:
     weight: float = 1.0
     params: Any = None  # on_device only: a pytree of arrays, the first argument of `fn`
     on_device: bool = False
+    special_tokens: bool = False  # it reads completions with the special tokens that the policy wrote
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `fn` says, unweighted: a reward can be tried by hand."""
@@ -47,19 +48,29 @@ class Scores(NamedTuple):
     parts: dict[str, np.ndarray]  # f32[b]; unweighted, NaN where the reward does not apply; a per-token one as its sum
 
 
-def reward(fn: Callable[..., Any], *, weight: float | None = None, name: str | None = None) -> Reward:
+def reward(
+    fn: Callable[..., Any],
+    *,
+    weight: float | None = None,
+    name: str | None = None,
+    special_tokens: bool | None = None,
+) -> Reward:
     """A host reward: `fn(prompts, completions, **fields) -> numbers`, plain or async.
 
     fn: gets the whole batch. `prompts` are as in the data (texts, or lists of messages), `completions` are texts; by
       keyword it gets, of the data's fields (lists, with None where a row lacks the field) and of `prompt_ids` and
-      `completion_ids` (lists of i32 arrays), those that its signature names, or all if it takes **kwargs. The first two
+      `completion_ids` (lists of i32 arrays), those that its signature names, or all if it takes **kwargs; and if it
+      names them `raw_completions` (texts with the special tokens that the policy wrote, but for the one that ended it)
+      and `prompt_texts` (prompts as the policy read them: template, generation prompt, special tokens). The first two
       parameters may have any names; but one that is named like any of these gets just that, wherever it stands.
       Keywords that a `functools.partial` binds stay as bound. It returns b numbers (a list, numpy or jax array; True
       counts 1), with None where the reward does not apply to a row; or b sequences of numbers, one for each token of
       the completion.
     weight: of this reward in the sum; any finite number (1 if not given). One of weight 0 is only watched: it gives no
       score to a row to which no other applies. name: in metrics (the function's if not given). A Reward passes through,
-      with its weight or name changed where one is given.
+      with what is given here changed.
+    special_tokens: True hands the raw completions to it as its completions, for tags that are special tokens to the
+      tokenizer, such as <think>; texts are without special tokens otherwise.
     """
     bound: dict[str, Any] = {}
     inner: Any = fn
@@ -70,12 +81,14 @@ def reward(fn: Callable[..., Any], *, weight: float | None = None, name: str | N
         changed = {"weight": _weight(weight)} if weight is not None else {}
         changed |= {"name": _name(name)} if name is not None else {}
         changed |= {"fn": functools.partial(inner.fn, **bound)} if bound else {}
+        changed |= {"special_tokens": special_tokens} if special_tokens is not None else {}
         return dataclasses.replace(inner, **changed)
     if not callable(fn):
         raise UserError(
             f"a reward is a callable (prompts, completions, **fields) -> numbers, or several in a tuple; not {fn!r}"
         )
-    return Reward(fn, _name(_function_name(fn) if name is None else name), _weight(1.0 if weight is None else weight))
+    named, weighted = _name(_function_name(fn) if name is None else name), _weight(1.0 if weight is None else weight)
+    return Reward(fn, named, weighted, special_tokens=bool(special_tokens))
 
 
 def on_device(

@@ -11,6 +11,7 @@ from jax import Array
 
 from rljax import ops
 from rljax.errors import UserError
+from rljax.rewards.answers import LARGEST
 from rljax.rewards.core import Reward, Scores, deciding
 from rljax.types import Tokens
 
@@ -28,7 +29,7 @@ def judge_on_device(
     params: one entry a reward (see `device_params`), passed in so that weights are not compiled in as constants.
     As in `Scores`: total is the weighted sum, per-token rewards with their sum over tokens.mask; per_token is weighted,
     and 0 where the mask is False; parts are unweighted. NaN is not looked for here: it goes into the total, where the
-    caller finds it.
+    caller finds it (`sound`).
     """
     b, t = tokens.ids.shape
     total, per_token, parts = jnp.zeros((b,), jnp.float32), None, {}
@@ -45,6 +46,11 @@ def judge_on_device(
             )
         total, parts[one.name] = total + one.weight * said, said
     return total, per_token, parts
+
+
+def sound(values: Any) -> Any:
+    """bool[…]: numbers that means and variances of a batch can be made of; numpy or jax arrays."""
+    return abs(values) <= LARGEST  # False for NaN
 
 
 def merge(

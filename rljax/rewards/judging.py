@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -16,14 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rljax.errors import UserError
-from rljax.rewards.answers import Answer, Wrong, parse
+from rljax.rewards.answers import LARGEST, TOO_LARGE, Answer, Wrong, parse
 from rljax.rewards.core import Reward, RewardError, Scores, deciding, described
+from rljax.rewards.text import prompt_text
 
 TICK = 0.1  # seconds between two looks at whether to stop
 PATIENCE = 10.0  # seconds of waiting before it is said what is waited for
 ATTRIBUTION = 10.0  # seconds to find the row that makes a reward raise
 STALLED = 5.0  # seconds after which an event loop that does not turn is left to what blocks it
-TEXTS, IDS = ("prompts", "completions"), ("prompt_ids", "completion_ids")
+TEXTS = ("prompts", "completions")
+ON_REQUEST = ("raw_completions", "prompt_texts")  # not among **kwargs
+IDS = ("prompt_ids", "completion_ids", *ON_REQUEST)
 
 
 class Rows(NamedTuple):
@@ -31,7 +35,7 @@ class Rows(NamedTuple):
 
     prompts: Sequence[Any]
     completions: Sequence[str]
-    fields: Mapping[str, Sequence[Any]]  # the data's, and prompt_ids and completion_ids
+    fields: Mapping[str, Sequence[Any]]  # the data's, and those of IDS
     lengths: list[int]  # tokens of each completion
 
 
@@ -109,14 +113,19 @@ def start(
     fields: Mapping[str, Sequence[Any]],
     prompt_ids: Sequence[np.ndarray],
     completion_ids: Sequence[np.ndarray],
+    raw_completions: Sequence[str] | None = None,
+    prompt_texts: Sequence[str] | None = None,
 ) -> Judgement:
     """Begin to judge a batch with host rewards, all of them at once, and return at once.
 
-    prompts, completions, prompt_ids, completion_ids and every field have one entry a row. Plain functions run in a
+    prompts, completions, prompt_ids, completion_ids and every field have one entry a row; without raw_completions and
+    prompt_texts (see `wants`) the completions and prompts stand in for them. Plain functions run in a
     daemon thread each; async ones share an event loop that lives as long as the program, so that an HTTP client may be
     kept between batches. Only if one of them blocks the loop for more than 5 seconds do later ones get another loop.
     """
-    ids = {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
+    raw, texts = completions if raw_completions is None else raw_completions, prompt_texts
+    texts = [prompt_text(prompt) for prompt in prompts] if texts is None else texts
+    ids = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "raw_completions": raw, "prompt_texts": texts}
     for name, column in {"completions": completions, **ids, **fields}.items():
         if len(column) != len(prompts):
             raise UserError(f"{name} has {len(column)} entries for {len(prompts)} prompts: give one for each row")
@@ -127,6 +136,12 @@ def start(
     awaited = Awaited([], threading.Event())
     answers = {one.name: _begin(one, rows, awaited) for one in rewards}
     return Judgement(tuple(rewards), rows, answers, awaited, time.monotonic())
+
+
+def wants(rewards: Sequence[Reward], column: str) -> bool:
+    """Whether one of them asks for a column that is made on request only (`ON_REQUEST`)."""
+    named = (column in {p.name for p in parameters(one.fn)} - bound(one.fn) for one in rewards if not one.on_device)
+    return any(named) or (column == "raw_completions" and any(one.special_tokens for one in rewards))
 
 
 def combine(rewards: Sequence[Reward], answers: Mapping[str, Answer], rows: Rows) -> Scores:
@@ -145,6 +160,11 @@ def combine(rewards: Sequence[Reward], answers: Mapping[str, Answer], rows: Rows
     for one in deciding(rewards):
         applies |= ~np.isnan(answers[one.name].sums)
     some = any(answer.per_token is not None for answer in answers.values())
+    for row in np.flatnonzero(~(np.abs(total) <= LARGEST))[:1]:
+        raise RewardError(
+            f"the weighted sum of the rewards ({', '.join(one.name for one in rewards)}) in row {row} is "
+            f"{total[row]:g}, {TOO_LARGE}. {_evidence(rows, int(row))}"
+        )
     return Scores(
         np.where(applies, total, np.nan).astype(np.float32),
         [tokens.astype(np.float32) for tokens in per_token] if some else None,
@@ -210,7 +230,7 @@ def _arguments(fn: Callable[..., Any], rows: Rows) -> tuple[list[Any], dict[str,
     handed = {*own, *TEXTS} if own is not None else set()
     names = {p.name for p in declared if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - set(own or ())
     if any(p.kind == p.VAR_KEYWORD for p in declared):
-        names |= set(columns) - handed
+        names |= set(columns) - handed - set(ON_REQUEST)
     keywords = {n: column for n, column in columns.items() if n in names and n not in bound(fn)}
     if own is not None:
         return list(texts.values()), keywords
@@ -246,6 +266,8 @@ def _begin(one: Reward, rows: Rows, awaited: Awaited) -> concurrent.futures.Futu
 def _ask(one: Reward, rows: Rows, awaited: Awaited) -> Answer:
     """The reward's answer for the batch, or a RewardError that names a row."""
     check_fields([one], [name for name in rows.fields if name not in IDS])
+    if one.special_tokens:
+        rows = rows._replace(completions=rows.fields["raw_completions"])
     try:
         return parse(_call(one.fn, rows, awaited), rows.lengths)
     except Wrong as wrong:
@@ -319,8 +341,15 @@ def _turns(loop: asyncio.AbstractEventLoop) -> bool:
 @functools.cache
 def _started_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    threading.Thread(target=_turn, args=(loop,), name="async rewards", daemon=True).start()
     return loop
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    """Run the loop for ever, also where a task in it (one of several in a gather) wants to end the program."""
+    while True:
+        with contextlib.suppress(BaseException):  # the task's own future has it as well
+            loop.run_forever()
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

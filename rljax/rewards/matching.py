@@ -13,11 +13,14 @@ from typing import Any
 import regex
 
 from rljax.errors import UserError
+from rljax.rewards.text import prompt_text
 
 PATIENCE = 5.0  # seconds that a pattern given by a user may take with one text; microseconds are usual
 THINK_ANSWER = (
     r"<think>(?:(?!</?think>).)*</think>\s*<answer>(?:(?!</?answer>).)*</answer>"  # each tag once, thoughts first
 )
+_TAG = re.compile(r"<[^\W\d][^<>\s]*>|\[[^\W\d][^\[\]\s]*\]|<\|[^<>\s|]+\|>")  # one that opens
+_TAGS = re.compile(r"(?:(?:<[^<>\s]+>|\[[^\[\]\s]+\])\s*)+\Z")  # at the end of a prompt
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
 # A sign belongs to the number unless it stands behind one (3-2), and a currency may stand between them (-$5).
 _NUMBER = re.compile(rf"(?P<sign>(?<![\w)\].])-)?[$€£]?(?P<top>{_PLAIN})(?:/(?P<bottom>{_PLAIN}))?")
@@ -107,14 +110,54 @@ def regex_match(
     ]
 
 
-def format_reward(prompts: Sequence[Any], completions: Sequence[str], *, pattern: str = THINK_ANSWER) -> list[float]:
+def format_reward(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    *,
+    pattern: str = THINK_ANSWER,
+    raw_completions: Sequence[str] | None = None,
+    prompt_texts: Sequence[str] | None = None,
+) -> list[float]:
     """1 where the whole completion (white space around it aside) has the form `pattern`, else 0.
 
     pattern: a Python regular expression in which a dot matches line ends too; the default wants
       <think>…</think> <answer>…</answer>, each once (DeepSeek-R1, arXiv:2501.12948). See `regex_match` for its risk.
+    Tags may be special tokens of the tokenizer (raw_completions), and the prompt may have opened them: where the
+    generation prompt ends in tags that begin the form (<think>), or the assistant's answer was begun in the prompt,
+    completions may go on from there.
     """
     compiled = _compiled(pattern, re.DOTALL)
-    return [float(_in_time(compiled.fullmatch, completion.strip())) for completion in completions]
+    raw = completions if raw_completions is None else raw_completions
+    befores = [prompt_text(prompt) for prompt in prompts] if prompt_texts is None else prompt_texts
+    found = []
+    for prompt, before, *forms in zip(prompts, befores, completions, raw, strict=True):
+        starts = ["", *_opened(compiled, prompt, before)]
+        texts = dict.fromkeys((start + text).strip() for start in starts for text in forms)
+        found.append(float(any(_in_time(compiled.fullmatch, text) for text in texts)))
+    return found
+
+
+def _opened(compiled: Any, prompt: Any, before: str) -> list[str]:
+    """What the end of a prompt has already written of the form: its last tags, or the beginning of an answer.
+
+    It has to be the beginning of a match, and not all of one. Nothing else of the prompt counts: a user may quote tags.
+    """
+    tags = _TAGS.search(before)
+    end = tags[0] if tags else ""
+    starts = [end[at.start() :] for at in _TAG.finditer(end) if _in_form(compiled, at[0])]
+    if not isinstance(prompt, str) and len(prompt) and prompt[-1].get("role") == "assistant":
+        starts.append((prompt[-1].get("content") or "").lstrip())
+    return [
+        start
+        for start in starts
+        if start.strip() and _in_time(compiled.fullmatch, start, partial=True)
+        if not _in_time(compiled.fullmatch, start.strip())
+    ]
+
+
+def _in_form(compiled: Any, tag: str) -> bool:
+    """<name> may be of any form; what could be a template's header, such as <|assistant|>, has to stand in this one."""
+    return re.fullmatch(r"<\w+>", tag) is not None or tag in compiled.pattern or re.escape(tag) in compiled.pattern
 
 
 @functools.lru_cache(maxsize=1024)
@@ -126,10 +169,10 @@ def _compiled(pattern: str, flags: int = 0) -> Any:
         raise UserError(f"the pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def _in_time(match: Callable[..., Any], text: str) -> bool:
+def _in_time(match: Callable[..., Any], text: str, **options: Any) -> bool:
     """Whether a compiled pattern's method finds it in the text, while other threads go on."""
     try:
-        return match(text, timeout=PATIENCE, concurrent=True) is not None
+        return match(text, timeout=PATIENCE, concurrent=True, **options) is not None
     except TimeoutError:
         shown = text if len(text) <= 200 else f"{text[:200]}…"
         raise UserError(

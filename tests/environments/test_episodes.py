@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rljax import logprobs, models, policy, sampling, sharding
+from rljax import decoding, logprobs, models, policy, sampling, sharding
 from rljax.environments import Environment, Turn, play, single_turn
 from rljax.filters import Sampling
 from tests import tiny
@@ -180,7 +180,7 @@ def test_a_single_turn_is_exactly_what_generate_gives(llama):
     rollout = sampling.generate(llama.model, llama.params, prompts, key, max_new_tokens=4, n=3, **settings)
     jax.tree.map(np.testing.assert_array_equal, episodes.rollout, jax.device_get(rollout))
     assert 0 < episodes.rollout.finished.sum() < 12
-    texts = policy.decode(llama.tokenizer, rollout.tokens)
+    texts = decoding.texts(llama.tokenizer, rollout.tokens)
     assert episodes.texts == texts
     assert episodes.rewards.sum(1).tolist() == [len(text) + 2 for text in texts]
     last = [np.flatnonzero(mask)[-1] for mask in episodes.rollout.tokens.mask]

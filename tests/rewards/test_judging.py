@@ -489,3 +489,41 @@ def test_the_batch_itself_has_to_fit():
         begin(returning([1, 2, 3]), completion_ids=COMPLETION_IDS[:1])
     with pytest.raises(ValueError, match="short is a JAX function: judge it with judge_on_device"):
         begin(rewards.on_device(lambda tokens: tokens.ids, name="short"))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit, type("Own", (BaseException,), {})])
+def test_no_exception_of_a_reward_ends_the_program_or_hangs_it(kind):
+    def plain(prompts, completions):
+        if "" in completions:
+            raise kind("enough")
+        return [0] * len(prompts)
+
+    async def later(prompts, completions):
+        return plain(prompts, completions)
+
+    async def gathers(prompts, completions):
+        """The exception is raised in a task of the reward's own, which takes it to the event loop."""
+
+        async def each(text):
+            return plain([""], [text])[0]
+
+        return await asyncio.gather(*map(each, completions))
+
+    for reward in (plain, later, gathers):
+        name = reward.__name__
+        with pytest.raises(rewards.RewardError, match=f"{name} failed in row 2: it raised {kind.__name__}: enough"):
+            judge(reward)
+    assert judge(returning([1, 2, 3])).total.tolist() == [1.0, 2.0, 3.0]
+
+
+def test_what_no_sum_of_a_batch_holds_is_an_error():
+    with pytest.raises(
+        rewards.RewardError, match=r"constant failed in row 1: it returned 1e\+38, .*overflow in float32"
+    ):
+        judge(returning([1.0, 1e38, 2.0]))
+    with pytest.raises(rewards.RewardError, match=r"constant failed in row 1: .*sum up to -1\.8e\+18"):
+        judge(returning([[1.0] * 4, [-9e17, -9e17], []]))
+    big = rewards.reward(returning([1.0, 1e17, 2.0]), weight=100.0, name="big")
+    with pytest.raises(rewards.RewardError, match=r"the weighted sum of the rewards \(big\) in row 1 is 1e\+19"):
+        judge(big)
+    np.testing.assert_array_equal(judge(returning([1e18, None, -1e18])).total, np.float32([1e18, NAN, -1e18]))
