@@ -50,6 +50,7 @@ def open_run(
     start = kept.begun(run, mesh=mesh, dtype=experiment["dtype"])
     if start is None:
         start = policy.abstract(kept.where(run, experiment["model"]), mesh=mesh, dtype=experiment["dtype"])
+    start = policy.stopping(start, experiment.get("stop") or ())
     where, like = _place(experiment, start.params)
     if experiment["kind"] == "RewardModel":
         head = jax.eval_shape(scalar_head(start.model.config.hidden_size).init, jax.random.key(0))
@@ -111,7 +112,7 @@ def export(run: str | pathlib.Path, folder: str | pathlib.Path, *, step: int | N
     folders.check_target(path, hf_write.OWN_FILES, reads=_folders_read(experiment, run))
     start, params, chosen = open_run(run, step=step, mesh=_everywhere())
     save = hf.save_reward if "head" in params else hf.save
-    save(path, start.model, params, tokenizer=start.tokenizer)
+    save(path, start.model, params, tokenizer=start.tokenizer, stop_ids=start.stop_ids)
     return chosen
 
 

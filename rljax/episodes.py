@@ -58,7 +58,7 @@ def of_rows(
         max_prompt=width,
         max_length=width + run.max_completion,
         n=n,
-        sampling=dataclasses.asdict(settings.sampling(run, now.stop_ids)),
+        sampling=dataclasses.asdict(settings.sampling(run, now.stop_ids, now.absent)),
         seed=int(words[0]),
         timeout=run.reward_timeout,
         poll=poll,
@@ -78,9 +78,9 @@ def of_rows(
     reason = hosts.first_failure(why[0] if why else None)
     if reason is None:
         return Played(rollout, rewards, total)
-    said = f"{np.isnan(total).sum()} of {len(total)} episodes failed; {reason[1]}"
-    say(said)
-    return Played(rollout, rewards, total, said if np.isnan(total).all() else None)
+    failure = f"{np.isnan(total).sum()} of {len(total)} episodes failed; {reason[1]}"
+    say(failure)
+    return Played(rollout, rewards, total, failure if np.isnan(total).all() else None)
 
 
 def _say_of_specials(now: Policy, rollout: Rollout, say: Callable[[str], None], said: set[str]) -> None:

@@ -34,7 +34,7 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
     if run.environment is not None:
         return _episodes(run, setup, now, rows, key, seed)
     drawn = dataclasses.asdict(settings.sampling(run, ()))
-    drawn.pop("stop_ids")
+    drawn = {name: value for name, value in drawn.items() if name not in ("stop_ids", "absent")}  # the policy's
     asked = [row["prompt"] for row in rows]
     made = policy.complete(
         now,

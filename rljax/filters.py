@@ -6,6 +6,7 @@ The sampler draws from it and the trainer recomputes log-probabilities under it:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TypeGuard
 
 import jax
@@ -25,6 +26,7 @@ class Sampling:
       smallest set of likeliest tokens whose probability reaches it remains (Holtzman et al. 2020, arXiv:1904.09751).
       min_p: tokens less likely than this fraction of the likeliest one go (Nguyen et al. 2024, arXiv:2407.01082).
     min_new_tokens: none of `stop_ids` is drawn before so many tokens of a turn have been.
+    absent: ranges (first, behind the last) of ids that no token has, as rows that only pad an embedding: never drawn.
     """
 
     temperature: float = 1.0
@@ -33,6 +35,7 @@ class Sampling:
     min_p: float | None = None
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
+    absent: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         check(**dataclasses.asdict(self))
@@ -46,6 +49,7 @@ def check(
     min_p: float | Array | None,
     min_new_tokens: int,
     stop_ids: tuple[int, ...],
+    absent: tuple[tuple[int, int], ...] = (),
 ) -> None:
     """Raise UserError for a setting that no distribution has; traced numbers pass."""
     if _known(temperature) and not 0 <= temperature < float("inf"):
@@ -61,6 +65,8 @@ def check(
         raise UserError(f"min_p is {min_p}, and it is a probability: give 0 to 1, or None to cut nothing")
     if min_new_tokens < 0:
         raise UserError(f"min_new_tokens is {min_new_tokens}: give 0 or more")
+    if any(not 0 <= first < end for first, end in absent):
+        raise UserError(f"absent is {absent}: give ranges (first, behind the last) of ids")
     if any(token < 0 for token in stop_ids):
         raise UserError(f"stop_ids are {stop_ids}, and token ids are 0 or more: leave the negative ones out")
 
@@ -68,7 +74,7 @@ def check(
 def cuts(sampling: Sampling) -> bool:
     """Whether anything but a temperature is applied: else log-probabilities are those of logits / temperature."""
     s = sampling
-    return s.temperature == 0 or (s.top_k, s.top_p, s.min_p) != (None, None, None) or has_minimum(s)
+    return s.temperature == 0 or (s.top_k, s.top_p, s.min_p) != (None, None, None) or has_minimum(s) or bool(s.absent)
 
 
 def has_minimum(sampling: Sampling) -> bool:
@@ -81,13 +87,16 @@ def distribution(logits: Array, sampling: Sampling, *, place: Array | None = Non
 
     place: i32[…], how many tokens of its turn precede the one that is drawn; needed where there is a minimum length.
     """
-    s, forbidden = sampling, None
+    s, forbidden = sampling, without_token(sampling.absent, logits.shape[-1])
     if has_minimum(s):
         if place is None:
             raise UserError(
                 f"min_new_tokens={s.min_new_tokens} depends on the place of a token in its turn: give place"
             )
-        forbidden = forbid(place < s.min_new_tokens, s.stop_ids, logits.shape[-1])
+        early = forbid(place < s.min_new_tokens, s.stop_ids, logits.shape[-1])
+        forbidden = early if forbidden is None else early | lax.expand_dims(forbidden, range(early.ndim - 1))
+    elif forbidden is not None:
+        forbidden = lax.expand_dims(forbidden, range(logits.ndim - 1))
     return filter_logits(
         logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, forbidden=forbidden, keep=keep
     )
@@ -97,6 +106,13 @@ def forbid(early: Array, stop_ids: tuple[int, ...], vocab: int) -> Array:
     """bool[… v]: the stop tokens, where `early` (bool[…]) holds."""
     stops = jnp.zeros(vocab, bool).at[jnp.asarray(stop_ids, jnp.int32)].set(True)
     return early[..., None] & lax.expand_dims(stops, range(early.ndim))
+
+
+def without_token(absent: tuple[tuple[int, int], ...], vocab: int) -> Array | None:
+    """bool[v]: the ids that no token has; None where every id has one."""
+    ids = jnp.arange(vocab)
+    parts = [(ids >= first) & (ids < end) for first, end in absent]
+    return functools.reduce(jnp.logical_or, parts) if parts else None
 
 
 def filter_logits(

@@ -35,6 +35,7 @@ from rljax import (
 )
 from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
+from rljax.filters import Sampling
 from rljax.identity import base_kind
 from rljax.objectives import tryouts
 from rljax.program import Evaluation, Progress, Run
@@ -381,7 +382,7 @@ def _checks(
             batch = setup.place(local, params)
             checks.append(selfchecks.first_loss(experiment, setup.evaluate(params, batch), batch))
         if written is not None:
-            checks.append(selfchecks.sampler(now, written.rollouts[0]))
+            checks.append(selfchecks.sampler(now, written.rollouts[0], Sampling(absent=now.absent)))
     return checks
 
 

@@ -268,7 +268,7 @@ def _checks(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> list[selfc
         alone = run.environment is None
         checks.append(selfchecks.sampled_tokens(rollout, now.tokenizer, now.stop_ids, single_turn=alone))
         checks.append(selfchecks.companions(now, rollout.tokens))
-        checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids)))
+        checks.append(selfchecks.sampler(now, rollout, settings.sampling(run, now.stop_ids, now.absent)))
         reference = setup.start.params or initial
         checks.append(selfchecks.same_policy(setup.look, initial, reference, rollout))
         checks.append(selfchecks.same_ratios(now, setup.look, setup.method.look, setup.learner.train.params, rollout))
@@ -282,7 +282,7 @@ def _first_rollout(run: Sampled, setup: Setup) -> Any:
     if setup.whole is None:
         return hosts.whole(collect.begin(setup.sampler, setup.learner.train.params, 0).rollout)
     asked = collect.place_prompts(setup.sampler, 0)
-    drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids))
+    drawn = dataclasses.asdict(settings.sampling(run, setup.start.stop_ids, setup.start.absent))
     made = sampling.generate(
         setup.start.model,
         views.decoder_params(setup.learner.train.params),

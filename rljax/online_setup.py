@@ -61,7 +61,6 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     """Policy, prompts, rewards, state on its shardings, compiled functions: each needs those before it."""
     with tracker.phase(f"loading {run.model}"):
         start = program.load_policy(run, mesh)
-        start = start._replace(stop_ids=start.stop_ids + settings.stop_ids(run, start.tokenizer))
         critic = critics.load(run, start, mesh) if isinstance(run, PPO) else None
     train_rows, held_out = program.read_rows(run, start, folder, tracker)
     for rows in (train_rows, held_out):
@@ -69,7 +68,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     asked = () if run.reward is None else rewards.as_rewards(run.reward)
     rewards.check_fields(asked, prompts.fields(train_rows))
     asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
-    drawn = settings.sampling(run, start.stop_ids)
+    drawn = settings.sampling(run, start.stop_ids, start.absent)
     method = method_of(run, start.model, start.params, critic, drawn, shards=sharding.ways(sharding.ROWS, mesh))
     optimizer, schedule = program.make_optimizer(run, run.steps * run.epochs * run.minibatches)
     learner = iteration.init_learner(method.params, optimizer, ema=getattr(run, "ema", None) is not None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rljax import decoding, hosts, sharding
-from rljax.data import prompt_ids
+from rljax.data import chat, prompt_ids
+from rljax.errors import UserError
 from rljax.models import hf, resolve
 from rljax.sampling import generate
 from rljax.types import LanguageModel, Params, Rollout, Tokens
 
+OTHER_MODALITY = re.compile(r"<\W*(image|audio|video|img)\w*\W*>", re.IGNORECASE)  # Gemma 3's text model lacks its row
 BUCKET = 16  # prompt lengths are rounded up to a multiple of this, so that `generate` compiles for few shapes
 
 
@@ -24,6 +28,7 @@ class Policy(NamedTuple):
     params: Params
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     stop_ids: tuple[int, ...]
+    absent: tuple[tuple[int, int], ...] = ()  # ranges of ids without a token, which are never drawn
 
 
 class Completions(NamedTuple):
@@ -50,7 +55,57 @@ def abstract(name: str, *, mesh: Any = None, dtype: Any) -> Policy:
 
 def _with_tokenizer(path: pathlib.Path, model: LanguageModel, params: Params) -> Policy:
     tokenizer = resolve.load_tokenizer(path)
-    return Policy(model, params, tokenizer, tuple(resolve.generation_stop_ids(path, tokenizer)))
+    absent = absent_ids(tokenizer, model.config.vocab_size, str(path))
+    return Policy(model, params, tokenizer, stop_ids(path, tokenizer), absent)
+
+
+def stop_ids(path: str | os.PathLike[str], tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a text of a checkpoint: its own, and where its chat template ends a turn.
+
+    A base checkpoint may come with a template that ends turns in another token than its eos.
+    """
+    return tuple(sorted({*resolve.generation_stop_ids(path, tokenizer), *chat.stop_ids(tokenizer)}))
+
+
+def named_stops(texts: Sequence[str], tokenizer: Any) -> tuple[int, ...]:
+    """The ids of texts at which a completion is to end; a UserError for one that is not one token."""
+    found = []
+    for text in texts:
+        known = tokenizer.get_vocab().get(text)
+        ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
+        if len(ids) != 1:
+            raise UserError(
+                f"stop={text!r} is {len(ids)} tokens to this tokenizer ({tokenizer.convert_ids_to_tokens(ids)}), and a "
+                "completion ends at one: name one of them as it stands there"
+            )
+        found.append(ids[0])
+    return tuple(found)
+
+
+def stopping(policy: Policy, texts: Sequence[str]) -> Policy:
+    """The policy, which also stops at these texts."""
+    return policy._replace(stop_ids=tuple(dict.fromkeys((*policy.stop_ids, *named_stops(texts, policy.tokenizer)))))
+
+
+def absent_ids(tokenizer: Any, vocab: int, where: str) -> tuple[tuple[int, int], ...]:
+    """Ranges (first, behind the last) of the ids below `vocab` that no token has: rows that only pad the embedding.
+
+    UserError for tokens beyond the embedding, whose rows would be the last one's.
+    """
+    known = tokenizer.get_vocab()
+    beyond = {text: i for text, i in known.items() if i >= vocab and not OTHER_MODALITY.fullmatch(text)}
+    if beyond:
+        first = min(beyond, key=lambda text: beyond[text])
+        raise UserError(
+            f"the tokenizer of {where} has {len(beyond)} tokens beyond the {vocab} rows of its embedding "
+            f"({first!r} is {beyond[first]}), which would all read the last row: resize the embedding (transformers: "
+            "model.resize_token_embeddings(len(tokenizer)), then save both), or take these tokens out of the tokenizer"
+        )
+    has = np.zeros(vocab + 2, bool)
+    has[[i + 1 for i in known.values() if i < vocab]] = True
+    has[[0, -1]] = True
+    edges = np.flatnonzero(np.diff(has)).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
 def complete(
@@ -83,6 +138,7 @@ def complete(
             jax.random.fold_in(key, start // batch),
             max_new_tokens=max_new_tokens,
             stop_ids=policy.stop_ids,
+            absent=policy.absent,
             **sampling,
         )
         rollout = jax.tree.map(lambda x, n=rows: x[:n], hosts.whole(rollout))

@@ -41,6 +41,7 @@ class Run:
     split: str = "train"  # which part of a tfds: or hf: data set is trained on
     max_prompt: Count = 256  # tokens; longer prompts lose their beginning
     max_completion: Count = 256  # tokens; longer completions lose their end
+    stop: tuple[str, ...] = ()  # texts of one token that end a completion, beside those of the checkpoint and template
 
     steps: Count = 200  # updates from a data set, iterations (sample, judge, learn) from the policy
     batch: Count = 8  # rows (pairs, comparisons) per update, over all devices
@@ -203,7 +204,7 @@ def _answered(run: Run) -> bool:
 def load_policy(run: Run, mesh: Mesh) -> policy.Policy:
     """The run's checkpoint on its mesh (in the memory of its hosts, if it waits there), in its dtypes."""
     check_positions(run, hf.config(run.model))
-    loaded = policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype))
+    loaded = policy.stopping(policy.load(run.model, mesh=mesh, dtype=jnp.dtype(run.dtype)), run.stop)
     if run.offload_reference:
         loaded = loaded._replace(params=sharding.in_host_memory(loaded.params))
     return loaded._replace(model=models.build(configured(run, loaded.model.config, mesh)))

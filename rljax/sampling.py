@@ -41,6 +41,7 @@ def generate(
     min_p: float | Array | None = None,
     min_new_tokens: int = 0,
     stop_ids: tuple[int, ...] = (),
+    absent: tuple[tuple[int, int], ...] = (),
     slots: int | None = None,
     gather: float = GATHER,
 ) -> Rollout:
@@ -52,7 +53,7 @@ def generate(
     key: one key, from which row i of the result gets fold_in(key, i), or an array of b·n keys, one for each row. A row
       draws its token at step s with fold_in(its key, s), so what it samples depends neither on its companions nor on
       its place in the batch.
-    temperature, top_k, top_p, min_p, min_new_tokens: see `filters.Sampling`. `Rollout.logps` are those of the
+    temperature, top_k, top_p, min_p, min_new_tokens, absent: see `filters.Sampling`. `Rollout.logps` are those of the
       distribution that is left after all of them (log-probability 0 for greedy); `logprobs.token_logps` with the
       same settings computes them again. Temperature, top_p and min_p may be traced.
     slots: how many rows are written at once, a multiple of n; None writes all. With fewer slots than rows, those whose
@@ -68,7 +69,7 @@ def generate(
         raise UserError(f"slots={slots} must be a positive multiple of n={n}: the samples of a prompt start together")
     numbers = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
     known = {name: _known(number) for name, number in numbers.items()}
-    filters.check(**known, top_k=top_k, min_new_tokens=min_new_tokens, stop_ids=stop_ids)
+    filters.check(**known, top_k=top_k, min_new_tokens=min_new_tokens, stop_ids=stop_ids, absent=absent)
     return _generate(
         model,
         params,
@@ -80,6 +81,7 @@ def generate(
         top_k=top_k,
         min_new_tokens=min_new_tokens,
         stop_ids=stop_ids,
+        absent=absent,
         slots=slots,
         gather=gather,
     )
@@ -93,7 +95,18 @@ def _known(number: Any) -> Any:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "max_new_tokens", "n", "top_k", "min_new_tokens", "stop_ids", "slots", "gather")
+    jax.jit,
+    static_argnames=(
+        "model",
+        "max_new_tokens",
+        "n",
+        "top_k",
+        "min_new_tokens",
+        "stop_ids",
+        "absent",
+        "slots",
+        "gather",
+    ),
 )
 def _generate(
     model: LanguageModel,
@@ -109,6 +122,7 @@ def _generate(
     min_p: float | Array | None,
     min_new_tokens: int,
     stop_ids: tuple[int, ...],
+    absent: tuple[tuple[int, int], ...],
     slots: int | None,
     gather: float,
 ) -> Rollout:
@@ -124,6 +138,7 @@ def _generate(
         settings=settings,
         min_new_tokens=min_new_tokens,
         stop_ids=stop_ids,
+        absent=absent,
         max_new_tokens=max_new_tokens,
         n=n,
     )
@@ -147,6 +162,7 @@ class _Task(NamedTuple):
     settings: dict[str, Any]
     min_new_tokens: int
     stop_ids: tuple[int, ...]
+    absent: tuple[tuple[int, int], ...]
     max_new_tokens: int
     n: int
 
@@ -218,6 +234,8 @@ def _write(task: _Task, rows: _Rows, hidden: Array) -> _Rows:
     """Draw the next token of every row that is alive, from the state [r d] that predicts it."""
     keys = jax.vmap(jax.random.fold_in)(rows.key, rows.place)
     logits = task.model.unembed(task.params, hidden)
+    if (nothing := filters.without_token(task.absent, logits.shape[-1])) is not None:
+        logits = jnp.where(nothing[None], -jnp.inf, logits)
     if task.min_new_tokens and task.stop_ids:
         early = filters.forbid(rows.place < task.min_new_tokens, task.stop_ids, logits.shape[-1])
         logits = jnp.where(early, -jnp.inf, logits)

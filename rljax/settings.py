@@ -47,7 +47,6 @@ class Sampled(Run):
     top_p: Mass | None = None  # only the likeliest tokens that reach this probability together
     min_p: Share | None = None  # only tokens at least this fraction as likely as the likeliest
     min_new_tokens: Natural = 0  # no end before so many tokens of a turn
-    stop: tuple[str, ...] = ()  # further texts of one token that end a completion, beside the checkpoint's own
 
     epochs: Count = 1  # passes over the rollouts of an iteration
     minibatches: Count = 1  # updates per pass
@@ -141,25 +140,10 @@ class Imitation(Sampled):
     group: Count = 8
 
 
-def sampling(run: Sampled, stop_ids: tuple[int, ...]) -> Sampling:
-    """The distribution that the run draws from, and is trained on."""
+def sampling(run: Sampled, stop_ids: tuple[int, ...], absent: tuple[tuple[int, int], ...] = ()) -> Sampling:
+    """The distribution that the run draws from, and is trained on. absent: ids without a token (`Policy.absent`)."""
     names = ("temperature", "top_k", "top_p", "min_p", "min_new_tokens")
-    return Sampling(**{name: getattr(run, name) for name in names}, stop_ids=stop_ids)
-
-
-def stop_ids(run: Sampled, tokenizer: Any) -> tuple[int, ...]:
-    """The ids of `stop`; a UserError for a text that is not one token."""
-    found = []
-    for text in run.stop:
-        known = tokenizer.get_vocab().get(text)
-        ids = tokenizer.encode(text, add_special_tokens=False) if known is None else [known]
-        if len(ids) != 1:
-            raise UserError(
-                f"stop={text!r} is {len(ids)} tokens to this tokenizer ({tokenizer.convert_ids_to_tokens(ids)}), and a "
-                "completion ends at one: name one of them as it stands there"
-            )
-        found.append(ids[0])
-    return tuple(found)
+    return Sampling(**{name: getattr(run, name) for name in names}, stop_ids=stop_ids, absent=absent)
 
 
 def check(run: Sampled) -> None:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import filters, ops, sampling
+from rljax import filters, logprobs, ops, policy, sampling
 from rljax.filters import Sampling, filter_logits
+from tests import tiny
 
 P = (0.15, 0.5, 0.05, 0.3)
 LOGITS = jnp.log(jnp.asarray([P]))
@@ -161,3 +162,28 @@ def test_settings_are_values():
 def test_settings_that_no_distribution_has_are_refused(kwargs, said):
     with pytest.raises(ValueError, match=said):
         Sampling(**kwargs)
+
+
+def test_ids_without_a_token_have_no_probability_in_sampler_or_trainer():
+    """Five of 61, in two ranges, though their logits are the largest; under all other filters and under none."""
+    absent, params = ((7, 9), (58, 61)), dict(tiny.bigram_params())
+    params["table"] = params["table"].at[:, np.r_[7:9, 58:61]].add(5.0)
+    prompts = policy.left_pad([np.asarray([1, 2]), np.asarray([3])], rows=2, width=2)
+    for settings in ({}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9, "min_new_tokens": 2}):
+        drawn = Sampling(stop_ids=(4, 5), absent=absent, **settings)
+        write = functools.partial(sampling.generate, tiny.bigram(), params, prompts, jax.random.key(1))
+        rollout = write(max_new_tokens=8, n=4, **dataclasses.asdict(drawn))
+        mask = np.asarray(rollout.tokens.mask)
+        ids = np.asarray(rollout.tokens.ids)[mask]
+        assert not np.isin(ids, [7, 8, 58, 59, 60]).any()
+        trained = logprobs.token_logps(tiny.bigram(), params, rollout.tokens, sampling=drawn)
+        np.testing.assert_allclose(np.asarray(trained)[mask], np.asarray(rollout.logps)[mask], atol=1e-5)
+        logits = filters.distribution(params["table"], drawn, place=jnp.zeros(61, jnp.int32))
+        assert np.isneginf(np.asarray(logits)[:, [7, 8, 58, 59, 60]]).all()
+    there = write(max_new_tokens=8, n=4, **dataclasses.asdict(Sampling()))  # which shows that they would be drawn
+    assert np.isin(np.asarray(there.tokens.ids)[np.asarray(there.tokens.mask)], [7, 8, 58, 59, 60]).any()
+    plain = Sampling(temperature=0.7)
+    assert filters.cuts(Sampling(absent=((3, 4),)))
+    assert not filters.cuts(plain)  # where every id has a token nothing changes
+    with pytest.raises(ValueError, match="absent is"):
+        Sampling(absent=((4, 4),))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from rljax import advantages, cli, losses, online, presets, program, rewards, settings, train
+from rljax import advantages, cli, losses, online, policy, presets, program, rewards, settings, train
 from rljax.environments import number_guessing
 from rljax.models.resolve import load_tokenizer
 from rljax.objectives.online import surrogate_inputs
@@ -239,8 +239,7 @@ def test_descriptions_are_json_of_a_size():
 
 def test_further_stops_are_single_tokens(stories):
     tokenizer = load_tokenizer(stories)
-    run = made("grpo", stop=("<unk>", "."))
-    first, second = settings.stop_ids(run, tokenizer)
+    first, second = policy.named_stops(("<unk>", "."), tokenizer)
     assert tokenizer.convert_ids_to_tokens([first, second]) == ["<unk>", "."]
     with pytest.raises(ValueError, match=r"stop='once upon' is \d tokens to this tokenizer"):
-        settings.stop_ids(made("grpo", stop=("once upon",)), tokenizer)
+        policy.named_stops(("once upon",), tokenizer)

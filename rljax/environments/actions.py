@@ -59,7 +59,7 @@ def write(
     keys = turn_keys(key, turn, np.resize(numbers, rows * n))  # empty rows fill up the share of every device
     if mesh is not None:
         prompts, keys = _together(prompts, keys, mesh)
-    settings = {"stop_ids": policy.stop_ids, **sampling}
+    settings = {"stop_ids": policy.stop_ids, "absent": policy.absent, **sampling}
     rollout = generate(policy.model, policy.params, prompts, keys, max_new_tokens=max_new_tokens, n=n, **settings)
     rollout = jax.device_get(rollout) if mesh is None else hosts.whole(rollout)
     first = process * rows * n

@@ -119,7 +119,8 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
 
 
 def _begin(transcript: Transcript, tokenizer: Any, max_prompt: int, vocab: int) -> Transcript:
-    prompt, heard, messages = transcript.prompt, list(transcript.heard), ()
+    prompt: Any = transcript.prompt
+    heard, messages = list(transcript.heard), ()
     if isinstance(prompt, list):
         while heard and isinstance(heard[0], list):
             prompt = [*prompt, *heard.pop(0)]

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rljax.errors import UserError
-from rljax.models import folders, hf_read, hf_write, spellings, tokenizer_files
+from rljax.models import folders, hf_pad, hf_read, hf_write, spellings, tokenizer_files
 from rljax.models.config import COMPUTED, ModelConfig, Rope
 from rljax.models.families import FAMILIES, Family, family_of, model_config
 from rljax.models.hf_read import NOTE, Checkpoint
@@ -100,31 +101,38 @@ def load_reward(path_or_name: Path, *, mesh: Any = None, dtype: Any = None) -> t
     return build(_with_source(config, checkpoint, note)), {"model": params, "head": head}
 
 
-def save(path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = None) -> None:
+def save(
+    path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = None, stop_ids: Sequence[int] = ()
+) -> None:
     """Write a folder that `load` and `transformers` open: config.json, safetensors and, if given, the tokenizer.
 
     tokenizer  a loaded tokenizer, or a folder whose tokenizer files are copied.
+    stop_ids   where texts end: generation_config.json names them all, so that they end there in other programs too.
 
     Names and bits are those that were loaded (a Gemma 3 with vision is written as its text model). Written beside
     `path`, then renamed; a folder that holds only an earlier export is replaced, any other that is not empty is a
     UserError.
     """
     family, source = _source(model.config)
-    _write(pathlib.Path(path), family, source, model.config, params, tokenizer)
+    _write(pathlib.Path(path), family, _stopping(source, stop_ids), model.config, params, tokenizer)
 
 
-def save_reward(path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = None) -> None:
+def save_reward(
+    path: Path, model: LanguageModel, params: Params, *, tokenizer: Any = None, stop_ids: Sequence[int] = ()
+) -> None:
     """Write a reward model as …ForSequenceClassification with one label, which `transformers` opens.
 
     `transformers` has no bias there: ours (the normalisation of the reward) is kept in config.json as
-    {"rljax": {"reward_bias": …}}, and its scores are ours minus that bias. Note that `transformers` scores the last
-    token that is not the pad id: where pad is eos, that is the token before the final eos.
+    {"rljax": {"reward_bias": …}}, and its scores are ours minus that bias. It scores the last token that is not the pad
+    id, so pad is made another token than those that texts end in (`stop_ids` and the checkpoint's own): else that would
+    be the token before the last. Where there is no other special token pad is null, and it scores one text at a time.
     """
     family, source = _source(model.config)
     bias = float(hf_write.gather(params["head"]["bias"]))
     note = {**(source.get(NOTE) or {}), "reward_bias": bias}
     labels = {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     source = {**source, "architectures": [family.classifier], **labels, NOTE: note}
+    source, tokenizer = hf_pad.apart(source, tokenizer, stop_ids)
     model_params = {key: value for key, value in params["model"].items() if key != "unembed"}
     tree = {**model_params, "head": {"kernel": params["head"]["kernel"]}}
     _write(pathlib.Path(path), family, source, model.config, tree, tokenizer)
@@ -204,6 +212,19 @@ def _source(config: ModelConfig) -> tuple[Family, dict[str, Any]]:
             f'{said[differs[0]]!r}; if that is meant, replace(config, source="") lets save write a new one.'
         )
     return family, source
+
+
+def _stopping(source: dict[str, Any], stop_ids: Sequence[int]) -> dict[str, Any]:
+    """A config.json whose generation_config.json names all of these ids as ends."""
+    note = source.get(NOTE) or {}
+    generation = note.get("generation_config") or {}
+    given = generation.get("eos_token_id", source.get("eos_token_id"))
+    known = {i for i in (given if isinstance(given, list) else [given]) if i is not None}
+    if known.issuperset(stop_ids):
+        return source
+    ends = sorted({*known, *map(int, stop_ids)})
+    generation = {**generation, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    return {**source, NOTE: {**note, "generation_config": generation}}
 
 
 def _write(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import decimal
 import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import regex
 
 from rljax.errors import UserError
+from rljax.rewards import numerals
 from rljax.rewards.text import prompt_text
 
 PATIENCE = 5.0  # seconds that a pattern given by a user may take with one text; microseconds are usual
@@ -21,10 +21,6 @@ THINK_ANSWER = (
 )
 _TAG = re.compile(r"<[^\W\d][^<>\s]*>|\[[^\W\d][^\[\]\s]*\]|<\|[^<>\s|]+\|>")  # one that opens
 _TAGS = re.compile(r"(?:(?:<[^<>\s]+>|\[[^\[\]\s]+\])\s*)+\Z")  # at the end of a prompt
-_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?|\.[0-9]+"
-# A sign belongs to the number unless it stands behind one (3-2), and a currency may stand between them (-$5).
-_NUMBER = re.compile(rf"(?P<sign>(?<![\w)\].])-)?[$€£]?(?P<top>{_PLAIN})(?:/(?P<bottom>{_PLAIN}))?")
-_MARKED = re.compile(rf"####\s*(?=-?[$€£]?(?:{_PLAIN}))")
 
 
 def exact_match(prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any]) -> list[float | None]:
@@ -52,45 +48,39 @@ def accepted(answer: Any) -> list[Any]:
 def numeric_match(
     prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], tolerance: float = 0.0
 ) -> list[float | None]:
-    """1 where the completion's number is that of the answer, else 0; 0 too where the completion has no number.
+    """1 where the completion's number is that of the answer, else 0; 0 too where the completion has no number, or one
+    that cannot be told without doubt.
 
-    A text's number is the one after its last "####" (as in GSM8K), else the last in it: -3, 1,234.50, $5, 1e-3, 12%
-    (which is 12) or a fraction 3/4. Numbers are compared as decimals (0.1 is 0.10), never evaluated.
-    answer: a number or a text with one, a whole GSM8K solution for instance; None does not apply; one without a number
-      is a UserError. tolerance: how far apart the two may be.
+    A text's number is the one after its last "####" (as in GSM8K), else that of its last \\boxed{…}, else the last in
+    it: -3, −3, 1,234.50, 1{,}234 (or with thin spaces), $5, 1e-3, 2\\times 10^{5}, 10⁵, 12% (which is 12), 3/4, 2 1/2,
+    \\frac{3}{4}, ½, 5 million. Of a range, 5-3, it is the second. Nothing else is evaluated: the end of 2+3, 3,14 (a
+    pair, or a decimal comma), 12:30, 2\\sqrt{3}, 5x or \\pi/2 is in doubt. Numbers are compared exactly, as fractions.
+    answer: a number or a text with one, a whole GSM8K solution for instance; None does not apply, nor does one in
+      doubt; one without a number is a UserError. tolerance: how far apart the two may be.
     """
-    found: list[float | None] = []
-    for completion, wanted in zip(completions, answer, strict=True):
-        if wanted is None:
-            found.append(None)
-            continue
-        goal, said = last_number(str(wanted)), last_number(completion)
-        if goal is None:
-            raise UserError(f"numeric_match: there is no number in the field answer: {wanted!r}")
-        found.append(float(said is not None and _close(said, goal, tolerance)))
-    return found
+    return [
+        None if wanted is None else _same_number(completion, wanted, tolerance)
+        for completion, wanted in zip(completions, answer, strict=True)
+    ]
 
 
-def last_number(text: str) -> Decimal | None:
-    """The number that a text comes to (see `numeric_match`), or None where it has none."""
-    text = text.replace("−", "-")
-    marks = [mark.end() for mark in _MARKED.finditer(text)]
-    matches = [_NUMBER.match(text, marks[-1])] if marks else list(_NUMBER.finditer(text))
-    return _value(matches[-1]) if matches and matches[-1] else None
-
-
-def _value(match: re.Match[str]) -> Decimal | None:
-    top, bottom = (Decimal((match[part] or "1").replace(",", "")) for part in ("top", "bottom"))
-    with decimal.localcontext() as context:
-        context.traps[decimal.InvalidOperation] = context.traps[decimal.DivisionByZero] = False
-        value = top / bottom if match["bottom"] else top
-    if not value.is_finite():
+def _same_number(completion: str, wanted: Any, tolerance: float) -> float | None:
+    try:
+        goal = numerals.number(str(wanted))
+    except numerals.Doubt:
         return None
-    return value.copy_negate() if match["sign"] else value
+    if goal is None:
+        raise UserError(f"numeric_match: there is no number in the field answer: {wanted!r}")
+    said = last_number(completion)
+    return float(said is not None and abs(said - goal) <= Fraction(tolerance))
 
 
-def _close(a: Decimal, b: Decimal, tolerance: float) -> bool:
-    return a == b or (tolerance > 0 and abs(a - b) <= Decimal(tolerance))
+def last_number(text: str) -> Fraction | None:
+    """The number that a text comes to (see `numeric_match`), or None where it has none, or one in doubt."""
+    try:
+        return numerals.number(text)
+    except numerals.Doubt:
+        return None
 
 
 def regex_match(

@@ -2,6 +2,11 @@
 
 The reference is the data's field `reference`, or its field `answer` where there is none: a text a row, or a list of
 texts of which the best counts (BLEU and chrF take all at once); None does not apply to the row.
+
+Each metric drops something before it compares, and what is left decides: ROUGE keeps runs of the letters a to z and of
+digits, in lower case (no signs, so that -5 is 5; no accents, no other scripts), token_f1 drops punctuation (again -5 is
+5) and English articles, and takes what white space separates for words, chrF drops white space. A reference of which
+nothing is left is a UserError. For other scripts take `chrf`, or `bleu` with a tokenizer made for them.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from rljax.errors import UserError
 from rljax.rewards.matching import accepted
 from rljax.rewards.text import needs
 
+TOKENIZERS = ("13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores101", "flores200", "spm", "none")
+
 
 def bleu(
     prompts: Sequence[Any],
@@ -24,12 +31,19 @@ def bleu(
     *,
     answer: Sequence[Any] | None = None,
     reference: Sequence[Any] | None = None,
+    tokenize: str = "13a",
 ) -> list[float | None]:
-    """Sentence BLEU by sacrebleu / 100: exponential smoothing, orders without any n-gram left out, 13a tokens."""
-    metric = _sacrebleu("BLEU", effective_order=True)
-    return _each(
-        completions, references("bleu", answer, reference), lambda c, r: metric.sentence_score(c, r).score / 100
-    )
+    """Sentence BLEU by sacrebleu / 100: exponential smoothing, orders without any n-gram left out.
+
+    tokenize: sacrebleu's; "13a" takes what white space and Latin punctuation separate for words, so that a Chinese or
+      Japanese sentence is one word: "zh", "ja-mecab", "ko-mecab", "char" or "flores200" are for these, "intl" for
+      Unicode's punctuation and symbols.
+    """
+    if tokenize not in TOKENIZERS:
+        raise UserError(f"bleu: tokenize is {tokenize!r}; choose one of {', '.join(TOKENIZERS)}")
+    metric = _sacrebleu("BLEU", effective_order=True, tokenize=tokenize)
+    wanted = _left("bleu", references("bleu", answer, reference), lambda text: metric.tokenizer(text).strip())
+    return _each(completions, wanted, lambda c, r: metric.sentence_score(c, r).score / 100)
 
 
 def chrf(
@@ -42,9 +56,8 @@ def chrf(
 ) -> list[float | None]:
     """Sentence chrF2 by sacrebleu / 100, over character 6-grams (Popović 2015); word_order=2 is chrF++."""
     metric = _sacrebleu("CHRF", word_order=word_order)
-    return _each(
-        completions, references("chrf", answer, reference), lambda c, r: metric.sentence_score(c, r).score / 100
-    )
+    wanted = _left("chrf", references("chrf", answer, reference), str.strip)
+    return _each(completions, wanted, lambda c, r: metric.sentence_score(c, r).score / 100)
 
 
 def rouge_1(
@@ -55,7 +68,7 @@ def rouge_1(
     reference: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """ROUGE-1 F1 by rouge-score (Lin 2004), without stemming: words."""
-    return _rouge("rouge1", completions, references("rouge_1", answer, reference))
+    return _rouge("rouge1", "rouge_1", completions, references("rouge_1", answer, reference))
 
 
 def rouge_2(
@@ -66,7 +79,7 @@ def rouge_2(
     reference: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """ROUGE-2 F1 by rouge-score (Lin 2004), without stemming: pairs of words."""
-    return _rouge("rouge2", completions, references("rouge_2", answer, reference))
+    return _rouge("rouge2", "rouge_2", completions, references("rouge_2", answer, reference))
 
 
 def rouge_l(
@@ -77,7 +90,7 @@ def rouge_l(
     reference: Sequence[Any] | None = None,
 ) -> list[float | None]:
     """ROUGE-L F1 by rouge-score (Lin 2004), without stemming: the longest common subsequence of words."""
-    return _rouge("rougeL", completions, references("rouge_l", answer, reference))
+    return _rouge("rougeL", "rouge_l", completions, references("rouge_l", answer, reference))
 
 
 def token_f1(
@@ -89,10 +102,12 @@ def token_f1(
 ) -> list[float | None]:
     """F1 of the words shared with the reference, as SQuAD scores answers (Rajpurkar et al. 2016, arXiv:1606.05250).
 
-    Words are lower-cased, without punctuation and the articles a, an, the. Two texts without words agree (1), one
-    without and one with do not (0).
+    Words are lower-cased, without punctuation and the articles a, an, the, so that "A" is no answer to choose by (take
+    `exact_match`). The empty text as reference, of a question without an answer, agrees with one without words.
     """
-    return _each(completions, references("token_f1", answer, reference), lambda c, r: max(_f1(c, one) for one in r))
+    given = references("token_f1", answer, reference)
+    wanted = _left("token_f1", given, lambda text: squad_words(text) or not text)
+    return _each(completions, wanted, lambda c, r: max(_f1(c, one) for one in r))
 
 
 def references(name: str, answer: Sequence[Any] | None, reference: Sequence[Any] | None) -> list[list[str] | None]:
@@ -104,6 +119,18 @@ def references(name: str, answer: Sequence[Any] | None, reference: Sequence[Any]
     if [] in found:
         raise UserError(f"the reward {name}: row {found.index([])} has an empty list of references; give null instead")
     return found
+
+
+def _left(name: str, wanted: Sequence[list[str] | None], kept: Callable[[str], Any]) -> Sequence[list[str] | None]:
+    """`wanted`, if of a reference of each row something is left to compare with."""
+    for row, texts in enumerate(wanted):
+        if texts is not None and not any(kept(text) for text in texts):
+            raise UserError(
+                f"the reward {name} keeps nothing of the reference of row {row}, {texts[0]!r}, so that no completion "
+                "could agree with it: choose a metric that reads such texts (chrf, bleu with tokenize=, exact_match), "
+                "or give null"
+            )
+    return wanted
 
 
 def _each(
@@ -128,8 +155,9 @@ def _f1(completion: str, reference: str) -> float:
     return 2.0 * common / (len(said) + len(wanted))
 
 
-def _rouge(kind: str, completions: Sequence[str], wanted: Sequence[list[str] | None]) -> list[float | None]:
+def _rouge(kind: str, name: str, completions: Sequence[str], wanted: Sequence[list[str] | None]) -> list[float | None]:
     scorer = _rouge_scorer(kind)
+    wanted = _left(name, wanted, lambda text: re.search("[a-z0-9]", text.lower()))
     return _each(completions, wanted, lambda c, r: max(scorer.score(one, c)[kind].fmeasure for one in r))
 
 

@@ -136,7 +136,7 @@ def test_what_is_heard_before_the_first_action_belongs_to_the_prompt(chatml):
     start = transcripts.hear(Transcript(say("rules")), say("x", "hello")[1:])
     now = transcripts.read(start, chatml, **ROOM)
     assert len(now.pieces) == 1
-    assert chatml.decode(now.ids).endswith(f"rules{END}\n{START}assistant\nhello{END}\n{START}assistant\n")
+    assert chatml.decode(now.ids).endswith(f"rules{END}\n{START}assistant\nhello")  # an answer begun, which goes on
     text = transcripts.read(transcripts.hear(Transcript("rules"), " go"), chatml, **ROOM)
     assert chatml.decode(text.ids) == "rules go"
     short = transcripts.read(transcripts.hear(Transcript("rules"), " go"), chatml, max_prompt=4, vocab=1000)

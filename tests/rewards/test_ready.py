@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_exact_match_disregards_case_white_space_and_a_full_stop():
         ("It is 12.", "12"),
         ("first 3, then 4", "4"),
         ("1,234 or 1,234,567.50", "1234567.50"),
-        ("1,2345", "2345"),  # no thousands
+        ("1,2345", None),  # no thousands: a pair, or a decimal comma
         ("-3", "-3"),
         ("(−4)", "-4"),
         ("x = -2", "-2"),
@@ -54,12 +55,107 @@ def test_exact_match_disregards_case_white_space_and_a_full_stop():
         ("none", None),
         ("", None),
         ("1" * 6000, "1" * 6000),  # more digits than Python's int reads
-        ("1e99999999", "99999999"),  # an exponent that would fill the memory is not one
+        ("1e99999999", None),  # an exponent that would fill the memory
+        ("10^99999999", None),
+        # LaTeX, as mathematics is written
+        (r"\frac{1}{2}", "1/2"),
+        (r"so $x = \dfrac{3}{2}$.", "3/2"),
+        (r"$-\frac{1}{2}$", "-1/2"),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"\frac12", "1/2"),
+        (r"$2\frac{1}{2}$", "5/2"),
+        (r"\boxed{\frac{7}{10}}, since 3 are left", "7/10"),
+        (r"\boxed{ -5 }$ and 7", "-5"),
+        (r"1{,}000", "1000"),
+        (r"1\,234\,567", "1234567"),
+        ("1\u202f000", "1000"),
+        ("10^5", "100000"),
+        ("10^{-2}", "1/100"),
+        ("10⁻¹²", "1/1000000000000"),
+        (r"3.2 \times 10^{4}", "32000"),
+        (r"1.5 x 10^3", "1500"),
+        ("2 1/2", "5/2"),
+        ("2½ cups", "5/2"),
+        ("3 / 4", "3/4"),
+        ("−5", "-5"),
+        ("–5", "-5"),
+        ("= - 5", "-5"),
+        ("-$5", "-5"),
+        (r"\$1{,}250.50", "1250.50"),
+        (r"12\%", "12"),
+        (r"90^\circ", "90"),
+        (r"25\text{ cm}^2", "25"),
+        ("an area of 25 cm^2", "25"),
+        ("x_1 = 4", "4"),
+        ("**42**", "42"),
+        ("the answer is *5*.", "5"),
+        ("5 million", "5000000"),
+        ("gpt-4", "4"),
+        ("#### -3", "-3"),
+        ("#### 2 1/2 cups", "5/2"),
+        (r"#### \frac{1}{3}", "1/3"),
+        # what is a part of something else is not read
+        ("3,14", None),
+        ("1.234.567", None),
+        ("1 000", None),
+        ("12:30", None),
+        ("x = 2+3", None),
+        ("10 - 5", None),
+        ("x + 3", None),
+        (r"2\sqrt{3}", None),
+        (r"\sqrt{2}", None),
+        (r"\sqrt[3]{5}", None),
+        ("√2", None),
+        (r"2\pi", None),
+        ("5x", None),
+        (r"\frac{x}{2}", None),
+        (r"\frac{\sqrt{3}}{2}", None),
+        (r"\left(\frac{1}{2}\right)^2", None),
+        ("101_2", None),
+        (r"\binom{5}{2}", None),
+        (r"0.\overline{3}", None),
+        ("x/2", None),
+        ("1/2/2024", None),
+        (r"\boxed{(1, 2)}", None),
+        (r"\boxed{3, 5}", None),
+        (r"\boxed{x^2}, not 7", None),
+        ("5k", None),
+        ("2^{1/2}", None),
+        ("3*x", None),
+        ("2(3)", None),
     ],
 )
 def test_the_number_of_a_text(text, number):
     found = last_number(text)
-    assert found == (None if number is None else Decimal(number))
+    if number is None:
+        assert found is None
+    else:
+        top, _, bottom = number.partition("/")
+        assert found == Fraction(Decimal(top)) / Fraction(bottom or 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (r"\frac{1}{2}", r"\frac{3}{2}"),
+        (r"\frac{1}{2}", 2),
+        ("1{,}000", 0),
+        ("10^5", 5),
+        ("2 1/2", 0.5),
+        ("1 000", 0),
+        ("3,14", 14),
+        ("5", "-5"),
+        ("2+3", 3),
+        (r"2\sqrt{3}", 3),
+    ],
+)
+def test_what_is_another_number_is_not_paid(said, answer):
+    assert of(rewards.numeric_match, [said], answer=[answer]) == [0]
+
+
+def test_an_answer_in_doubt_does_not_apply():
+    assert of(rewards.numeric_match, ["3", r"2\sqrt{3}"], answer=[r"2\sqrt{3}"] * 2) == [None, None]
+    assert of(rewards.numeric_match, ["0.5", r"\boxed{\frac{1}{2}}"], answer=[r"$\frac{1}{2}$", "1/2"]) == [1, 1]
 
 
 def test_numeric_match():
@@ -194,9 +290,32 @@ def test_rouge():
 
 def test_token_f1_as_squad_scores_it():
     said = ["The Eiffel Tower!", "in the city of Paris", "the", "", "Paris", "Paris", "no"]
-    wanted = ["eiffel tower", "Paris, France", "a", "x", ["London", "paris"], None, "yes"]
+    wanted = ["eiffel tower", "Paris, France", "", "x", ["London", "paris"], None, "yes"]
     # city of Paris in against Paris France: 1 of 4 and 1 of 2
     assert of(rewards.token_f1, said, answer=wanted) == pytest.approx([1, 1 / 3, 1, 0, 1, None, 0])
+
+
+def test_what_a_metric_drops_of_a_reference_is_not_all_of_it():
+    chinese = "猫坐在垫子上。"
+    for fn, text in (
+        (rewards.rouge_1, chinese),
+        (rewards.rouge_2, "!?"),
+        (rewards.rouge_l, ""),
+        (rewards.token_f1, "A"),
+        (rewards.bleu, " "),
+        (rewards.chrf, "\n"),
+    ):
+        with pytest.raises(ValueError, match=rf"{fn.__name__} keeps nothing of the reference of row 1, .*chrf"):
+            of(fn, ["x", text], answer=["x y", text])
+        assert of(fn, ["x y", text], answer=["x y", ["x y", text]])[0] == pytest.approx(1.0)
+    assert of(rewards.chrf, [chinese], answer=[chinese]) == pytest.approx([1.0])
+    near = chinese.replace("垫", "席")
+    assert of(rewards.bleu, [near], answer=[chinese]) == [0.0]
+    some = of(functools.partial(rewards.bleu, tokenize="zh"), [near, chinese], answer=[chinese] * 2)
+    # 6 of 7 characters, 4 of 6 pairs, 2 of 5 triples, none of 4 quadruples, which counts for half a one
+    assert some == pytest.approx([(6 / 7 * 4 / 6 * 2 / 5 * 0.5 / 4) ** 0.25, 1.0])
+    with pytest.raises(ValueError, match="tokenize is 'chinese'; choose one of 13a"):
+        of(functools.partial(rewards.bleu, tokenize="chinese"), ["x"], answer=["x"])
 
 
 @pytest.mark.parametrize("fn", [rewards.bleu, rewards.chrf, rewards.rouge_l, rewards.token_f1])
