@@ -128,6 +128,17 @@ def _folders_read(experiment: Mapping[str, Any], run: str | pathlib.Path) -> dic
     return {**found, "own folder": pathlib.Path(run)}
 
 
+def remark(folder: str | pathlib.Path) -> str:
+    """What has to be known of an exported reward model in other programs; "" where there is nothing."""
+    bias = ((read_json(pathlib.Path(folder) / "config.json") or {}).get("rljax") or {}).get("reward_bias")
+    if not bias:
+        return ""
+    return (
+        f". transformers has no place for the bias of its score ({bias:.6g}, from normalising): its scores lack "
+        "it, in the same order; config.json keeps it as rljax.reward_bias"
+    )
+
+
 def sample(
     source: str,
     prompts: list[str],

@@ -237,7 +237,7 @@ def export(argv: Sequence[str]) -> int:
             step: which checkpoint (the best, else the last)
         """
         written = artefacts.export(run, folder, step=step)
-        print(visible(f"{folder}: the weights of step {written} of {run}"))
+        print(visible(f"{folder}: the weights of step {written} of {run}{artefacts.remark(folder)}"))
         return 0
 
     return tyro.cli(command, args=list(argv), prog="rljax export")

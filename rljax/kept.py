@@ -16,7 +16,7 @@ from rljax import models
 from rljax.errors import UserError
 from rljax.manifest import as_written, read_json, read_object, write_json
 from rljax.models import hf, hf_read, hf_write, resolve, tokenizer_files
-from rljax.policy import Policy
+from rljax.policy import Policy, absent_ids, stop_ids
 
 FOLDER, RECORD = "model", "rljax.json"
 
@@ -53,7 +53,8 @@ def begun(run: str | pathlib.Path, *, mesh: Any, dtype: str) -> Policy | None:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), shapes)
     tokenizer = resolve.load_tokenizer(folder)
-    return Policy(model, hf.placed(shapes, mesh), tokenizer, tuple(resolve.generation_stop_ids(folder, tokenizer)))
+    absent = absent_ids(tokenizer, model.config.vocab_size, str(folder))
+    return Policy(model, hf.placed(shapes, mesh), tokenizer, stop_ids(folder, tokenizer), absent)
 
 
 def where(run: str | pathlib.Path, name: str) -> str:

@@ -122,7 +122,9 @@ def test_a_reward_sees_the_rows_that_it_judges(tokenizer, rows):
     assert seen["word"] == [rows[int(i)]["word"] for i in indices]
     ids, mask = np.asarray(a_round.rollout.tokens.ids), np.asarray(a_round.rollout.tokens.mask)
     for i, text in enumerate(seen["completions"]):
-        assert text == tokenizer.decode(ids[i][mask[i]], skip_special_tokens=True)
+        asked = tokenizer.decode(seen["prompt_ids"][i], skip_special_tokens=True)
+        whole = tokenizer.decode([*seen["prompt_ids"][i], *ids[i][mask[i]]], skip_special_tokens=True)
+        assert asked + text == whole
         np.testing.assert_array_equal(seen["ids"][i], ids[i][mask[i]])
         np.testing.assert_array_equal(seen["prompt_ids"][i], sampler.source.ids(int(indices[i])))
     np.testing.assert_array_equal(verdict.total, np.asarray([0.5, np.nan, 2.5, 3.5], np.float32))

@@ -166,7 +166,7 @@ def test_settings_that_no_distribution_has_are_refused(kwargs, said):
 
 def test_ids_without_a_token_have_no_probability_in_sampler_or_trainer():
     """Five of 61, in two ranges, though their logits are the largest; under all other filters and under none."""
-    absent, params = ((7, 9), (58, 61)), dict(tiny.bigram_params())
+    absent, params = ((7, 9), (58, 61)), {**tiny.bigram_params(), "layers": {"0": {}}}
     params["table"] = params["table"].at[:, np.r_[7:9, 58:61]].add(5.0)
     prompts = policy.left_pad([np.asarray([1, 2]), np.asarray([3])], rows=2, width=2)
     for settings in ({}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9, "min_new_tokens": 2}):

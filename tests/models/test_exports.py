@@ -116,3 +116,10 @@ def test_what_stops_a_run_is_exported_with_it(turned, monkeypatch, tmp_path):
     assert artefacts.export("run", tmp_path / "out") == 3
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == sorted(start.stop_ids)
+
+
+def test_a_reward_models_bias_is_said(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"rljax": {"reward_bias": -0.25}}))
+    assert "score (-0.25, from normalising)" in artefacts.remark(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert artefacts.remark(tmp_path) == ""
