@@ -110,14 +110,6 @@ def test_a_reward_models_pad_token_ends_no_text(turned, stories, tmp_path):
     assert hf_pad.apart(source | {"pad_token_id": 7}, None, ())[0]["pad_token_id"] == 7
 
 
-def test_what_stops_a_run_is_exported_with_it(turned, monkeypatch, tmp_path):
-    start = policy.stopping(policy.load(str(turned), dtype="float32"), (".",))
-    monkeypatch.setattr(artefacts, "load_run", lambda run, step=None: (start, start.params, 3))
-    assert artefacts.export("run", tmp_path / "out") == 3
-    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert written["eos_token_id"] == sorted(start.stop_ids)
-
-
 def test_a_reward_models_bias_is_said(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"rljax": {"reward_bias": -0.25}}))
     assert "score (-0.25, from normalising)" in artefacts.remark(tmp_path)
