@@ -10,7 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rljax import data, decoding, episodes, hosts, iteration, judges, policy, program, prompts, settings, shaping, tracking
+from rljax import (
+    data,
+    decoding,
+    episodes,
+    hosts,
+    iteration,
+    judges,
+    policy,
+    program,
+    prompts,
+    settings,
+    shaping,
+    tracking,
+)
 from rljax.errors import UserError
 from rljax.iteration import Learner, exported
 from rljax.program import Progress
