@@ -84,19 +84,13 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     reward_params = rewards.device_params(asked)
     example = (learner, base, reward_params, collect.abstract_prompts(run, source.width, mesh), pretrain(0))
     compiled = _compile(run, parts, method, shardings, example, asked, tracker)
+    judging: dict[str, Any] = {"tokenizer": start.tokenizer, "stop_ids": start.stop_ids, "timeout": run.reward_timeout}
+    judging |= {"stop": stop, "say": tracker.status}
     sampler = collect.Sampler(
         run=run,
         mesh=mesh,
         start=start,
-        judges=judges.make(
-            asked,
-            tokenizer=start.tokenizer,
-            mesh=mesh,
-            timeout=run.reward_timeout,
-            stop=stop,
-            say=tracker.status,
-            stop_ids=start.stop_ids,
-        ),
+        judges=judges.make(asked, mesh=mesh, **judging),
         source=source,
         sample=compiled["sample"],
         greedy=compiled["greedy"],
