@@ -105,7 +105,6 @@ def _unbegun(path: pathlib.Path) -> bool:
     """Whether a run was meant to be here and ended before it had recorded a step."""
     begun = ("experiment.json", ".lock", "selfcheck")
     found = path.is_dir() and not (path / "metrics.jsonl").exists() and any((path / name).exists() for name in begun)
-    found = found or ((path / "metrics.jsonl").is_file() and not read_rows(path / "metrics.jsonl"))
     if found:
         print(f"rljax: {visible(str(path))} is passed over: its run ended before its first record", file=sys.stderr)
     return found
