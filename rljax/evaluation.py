@@ -48,7 +48,7 @@ def write(run: Any, setup: Any, learner: Learner, rows: data.Rows, seed: int) ->
         return _episodes(run, setup, now, rows, key, seed)
     drawn = dataclasses.asdict(settings.sampling(run, ()))
     drawn = {name: value for name, value in drawn.items() if name not in ("stop_ids", "absent")}  # the policy's
-    asked = [row["prompt"] for row in rows]
+    asked = [data.prompt_row(row)["prompt"] for row in rows]  # with the tools of a chat
     made = policy.complete(
         now,
         asked,

@@ -23,6 +23,7 @@ from rljax import (
     hosts,
     losses,
     models,
+    notes,
     policy,
     program,
     reference,
@@ -67,7 +68,9 @@ class RewardModel(Run):
 class Preference(Run):
     """Learning from pairs. `loss` sees [b] log-probabilities: policy chosen and rejected, then the reference's."""
 
-    loss: Callable[..., Any]  # such as functools.partial(losses.dpo_loss, beta=0.1)
+    # such as functools.partial(losses.dpo_loss, beta=0.1); its keywords with a default (margin) are filled from the
+    # rows' fields of their names
+    loss: Callable[..., Any]
     average: bool = False  # log-probabilities per token instead of summed (SimPO, ORPO)
     reference: bool = True  # False: the loss takes the policy's two arrays only (SimPO, ORPO, CPO, SLiC)
     share_prompts: bool = True  # compute a prompt once for chosen and rejected; changes speed and rounding only
@@ -157,6 +160,7 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
     task = tasks.part_of(_task(experiment, start, rows, mesh, tracker), here)
     optimizer, schedule = program.make_optimizer(experiment)
     state, shardings = program.place_state(train.init_state(task.params, optimizer), models.RULES, mesh)
+    notes.keep(folder, "data", task.notes, tracker.status)
     task = task._replace(params={})
     if not keeps_initial(experiment):
         start = start._replace(params={})

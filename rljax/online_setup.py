@@ -21,6 +21,7 @@ from rljax import (
     judges,
     methods,
     models,
+    notes,
     policy,
     program,
     prompts,
@@ -65,6 +66,8 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     train_rows, held_out = program.read_rows(run, start, folder, tracker)
     for rows in (train_rows, held_out):
         data.check(rows, data.prompt_row if run.environment is None else dict)
+    train_rows, held_out, lines = prompts.tried(run, start, (train_rows, held_out))
+    notes.keep(folder, "data", lines, tracker.status)
     asked = () if run.reward is None else rewards.as_rewards(run.reward)
     rewards.check_fields(asked, prompts.fields(train_rows))
     asked = rewards.opened(asked, start.tokenizer, mesh=mesh)
@@ -80,7 +83,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
     here = None if run.environment is not None else hosts.share(run.batch, mesh).here
     source = prompts.prompts(run, start.tokenizer, train_rows, here)
-    pretrain = _pretrain(run, start, mesh)
+    pretrain = _pretrain(run, start, mesh, lambda lines: notes.keep(folder, "pretraining text", lines, tracker.status))
     reward_params = rewards.device_params(asked)
     example = (learner, base, reward_params, collect.abstract_prompts(run, source.width, mesh), pretrain(0))
     compiled = _compile(run, parts, method, shardings, example, asked, tracker)
@@ -232,7 +235,9 @@ def method_of(
     raise UserError(f"rljax.online runs PPO, PolicyGradient, OnlinePreference and Imitation, not {type(run).__name__}")
 
 
-def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int], Tokens | None]:
+def _pretrain(
+    run: Sampled, start: policy.Policy, mesh: Mesh, note: Callable[[list[str]], None]
+) -> Callable[[int], Tokens | None]:
     """iteration -> packed rows of pretraining text (PPO-ptx), where the run wants some."""
     source = getattr(run, "pretrain_data", None)
     if source is None:
@@ -241,7 +246,9 @@ def _pretrain(run: Sampled, start: policy.Policy, mesh: Mesh) -> Callable[[int],
     rows, length = data.read(source, split=run.split), run.max_prompt + run.max_completion
     data.check(rows, data.text_row)
     example = functools.partial(data.text_example, tokenizer=start.tokenizer, max_length=length)
-    packed = data.pack(data.tokenize(rows, example), length)
+    texts = data.survey(rows, example, name="pretraining", overlong=run.overlong, tokenizer=start.tokenizer)
+    note(texts.lines)
+    packed = data.pack([texts.get(i) for i in range(len(texts.rows))], length)
     batches = data.Batches(
         lambda indices: data.pad([packed[i] for i in indices], length),
         len(packed),

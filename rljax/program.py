@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from rljax import data, hosts, models, policy, ranges, selfchecks, sharding, traces, tracking, train
+from rljax import data, hosts, models, notes, policy, ranges, selfchecks, sharding, traces, tracking, train
 from rljax.errors import UserError
 from rljax.identity import contents, describe
 from rljax.manifest import read_json, record_contents, write_json
@@ -37,10 +37,13 @@ class Run:
     model: str  # a folder, or a name that resolves to one: smollm2-135m-instruct
     data: str | Callable[..., Any]  # pairs.jsonl, x.parquet, tfds:NAME, hf:OWNER/NAME, or a function of the policy
     eval_data: str | None = None  # held-out rows; None sets some of `data` aside
-    eval_rows: Count = 64  # how many are set aside (at most a tenth of the data)
+    eval_split: str | None = None  # of eval_data, or of `data` where that is None; None: "train"
+    eval_rows: Count = 64  # how many are set aside (at most a tenth of the data), by their prompts
     split: str = "train"  # which part of a tfds: or hf: data set is trained on
+    split_seed: Seed = 0  # of which prompts are set aside
     max_prompt: Count = 256  # tokens; longer prompts lose their beginning
     max_completion: Count = 256  # tokens; longer completions lose their end
+    overlong: data.Overlong = "cut"  # what is longer is cut as above, left out ("drop") or an error ("refuse")
     stop: tuple[str, ...] = ()  # texts of one token that end a completion, beside those of the checkpoint and template
 
     steps: Count = 200  # updates from a data set, iterations (sample, judge, learn) from the policy
@@ -289,13 +292,45 @@ def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tra
         rows = data.read(kept)
     else:
         rows = data.read(run.data, split=run.split)
-    if run.eval_data is not None:
-        return rows, data.read(run.eval_data)
+    parts, lines = _held_out(run, rows)
+    notes.keep(folder, "split", lines, tracker.status)
+    return parts
+
+
+def eval_source(run: Run) -> tuple[Any, str] | None:
+    """(source, split) of the held-out rows; None where they are set aside."""
+    if run.eval_data is None and run.eval_split is None:
+        return None
+    if run.eval_data is None and callable(run.data):
+        raise UserError(f"eval_split={run.eval_split!r} names a split of eval_data, and data is a function: give both")
+    return (run.data if run.eval_data is None else run.eval_data), run.eval_split or "train"
+
+
+def _held_out(run: Run, rows: data.Rows) -> tuple[Split, list[str]]:
+    """(rows to train on, rows held out), and what is to be said of that."""
+    source = eval_source(run)
+    if source is not None:
+        if not callable(run.data) and source == (run.data, run.split):
+            raise UserError(
+                f"eval_data={run.eval_data!r} with the split {run.split!r} is what is trained on: name another split "
+                "with eval_split, or leave eval_data out, and some of the data is set aside"
+            )
+        held = data.read(source[0], split=source[1])
+        if len(held) == len(rows) and held[0] == rows[0] and data.fingerprint(held) == data.fingerprint(rows):
+            raise UserError(f"eval_data={run.eval_data!r} holds the very rows that are trained on: give others")
+        shared = data.shared_prompts(rows, held)
+        names = ", ".join(held.where(i) for i in shared[:3]) + (", …" if len(shared) > 3 else "")
+        return (rows, held), [
+            f"{len(shared)} of {len(held)} held-out rows have a prompt that is trained on too ({names})"
+        ][: len(shared)]
     if len(rows) == 1:
-        tracker.status("the data has one row: it is also what is evaluated on")
-        return rows, rows
-    held = max(1, min(run.eval_rows, len(rows) // 10))
-    return data.split(rows, count=held, seed=run.seed)
+        return (rows, rows), ["the data has one row: it is also what is evaluated on"]
+    count = max(1, min(run.eval_rows, len(rows) // 10))
+    parts = data.split_prompts(rows, count=count, seed=run.split_seed)
+    if parts is None:
+        line = f"all {len(rows)} rows have the same prompt: {count} are held out by row, and share it with training"
+        return data.split(rows, count=count, seed=run.split_seed), [line]
+    return parts, []
 
 
 class Progress(NamedTuple):

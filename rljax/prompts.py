@@ -12,6 +12,7 @@ import numpy as np
 from rljax import data, policy
 from rljax.types import Tokens
 
+NAMES = ("training", "held-out")
 FIRST = 20_000  # rows that are looked at before the run; of a larger data set it would take too long
 
 
@@ -41,6 +42,19 @@ def prompts(run: Any, tokenizer: Any, rows: data.Rows, here: np.ndarray | None =
     width = -(-longest // policy.BUCKET) * policy.BUCKET
     indices = functools.partial(data.indices, len(rows), batch=run.batch, seed=run.seed, here=here)
     return Prompts(rows, ids, width, lambda number: indices(step=number), fields(rows))
+
+
+def tried(run: Any, start: policy.Policy, rows: tuple[data.Rows, data.Rows]) -> tuple[data.Rows, data.Rows, list[str]]:
+    """(rows to train on, rows held out), without those that are left out, and what is to be said of them. An
+    environment makes prompts of its own of its rows, which are not looked at here.
+    """
+    if run.environment is not None:
+        return *rows, []
+    example = functools.partial(data.prompt_example, tokenizer=start.tokenizer, max_prompt=run.max_prompt)
+    positions = start.model.config.max_positions - run.max_completion
+    told: dict[str, Any] = {"overlong": run.overlong, "tokenizer": start.tokenizer, "positions": positions}
+    found = [data.survey(part, example, name=name, **told) for name, part in zip(NAMES, rows, strict=True)]
+    return found[0].rows, found[1].rows, [line for survey in found for line in survey.lines]
 
 
 def prompt_tokens(source: Prompts, indices: Sequence[int] | np.ndarray) -> Tokens:

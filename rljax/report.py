@@ -14,7 +14,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rljax import plots
+from rljax import notes, plots
 from rljax.errors import UserError
 from rljax.manifest import as_written, moved, read_object
 from rljax.metrics import define
@@ -56,6 +56,7 @@ def _page(folder: pathlib.Path, sections: Sequence[tuple[str, str]], figures: Se
         f"# {escape(folder.resolve().name)}",
         "" if sections and not metrics else _summary(metrics, timing, read_object(folder / "experiment.json")),
         _results(metrics, read_object(folder / "experiment.json")),
+        _notes(notes.read(folder)),
         *(f"## {escape(title)}\n\n{text.strip()}" for title, text in sections),
         _curves(folder, pages),
         _samples(samples),
@@ -204,6 +205,11 @@ def _sample_table(pairs: Sequence[tuple[Mapping[str, Any] | None, Mapping[str, A
 
 def _reward(value: Any) -> str:
     return number(value) if isinstance(value, int | float) else escape("–" if value is None else value)
+
+
+def _notes(kept: Mapping[str, Sequence[str]]) -> str:
+    lines = [f"- {escape(line)}" for found in kept.values() for line in found]
+    return "## What to know\n\n" + "\n".join(lines) if lines else ""
 
 
 def _experiment(experiment: Any) -> str:

@@ -109,7 +109,7 @@ def found_contents(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     for name in ("data", "eval_data", "pretrain_data"):
         value = getattr(run, name, None)
         if isinstance(value, str):
-            found[name] = contents.rows(value, run.split if name != "eval_data" else "train")
+            found[name] = contents.rows(value, run.split if name != "eval_data" else run.eval_split or "train")
     made = folder / "data" / "train.jsonl"
     if callable(run.data) and made.is_file():
         found["data"] = contents.rows(str(made))

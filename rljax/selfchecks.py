@@ -155,7 +155,7 @@ def first_loss(run: Any, metrics: Metrics, batch: PreferenceBatch) -> Check:
     if not run.reference:
         return Check(bool(np.isfinite(loss)), f"the loss of the first batch is {loss:.4f} (no reference in it)")
     chosen, rejected = batch.ref_chosen_logps, batch.ref_rejected_logps
-    expected = float(jnp.mean(run.loss(chosen, rejected, chosen, rejected)))
+    expected = float(jnp.mean(run.loss(chosen, rejected, chosen, rejected, **batch.fields)))
     nll = run.nll_weight * float(metrics["nll_loss"].value()) if run.nll_weight else 0.0
     passed = abs(loss - nll - expected) < 2e-2 * max(1.0, abs(expected))
     note = " = ln 2" if abs(expected - np.log(2)) < 1e-4 else ""

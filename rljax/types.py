@@ -61,6 +61,7 @@ class PreferenceBatch:
     rejected: Tokens
     ref_chosen_logps: Array  # f32[b]; sums over the response (means where the objective averages)
     ref_rejected_logps: Array  # f32[b]
+    fields: dict[str, Array] = dataclasses.field(default_factory=dict)  # f32[b] each: of the data, that the loss names
 
 
 @pytree

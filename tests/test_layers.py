@@ -24,7 +24,7 @@ LEVELS = [
     {"policy"},
     {"reference", "checkpoint", "progress", "manifest", "plots", "silence"},
     {"kept"},
-    {"artefacts", "groups"},
+    {"artefacts", "groups", "notes"},
     {"tracking", "tasks", "rewards", "methods", "critics", "selfchecks"},
     {"environments"},
     {"report", "runs", "program", "iteration"},

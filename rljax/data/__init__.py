@@ -45,17 +45,23 @@ from rljax.data.forms import (
     unpair,
     unpaired_row,
 )
+from rljax.data.heldout import prompt_key, shared_prompts, split_prompts
+from rljax.data.messages import Messages
 from rljax.data.order import Batches, eval_batches, indices, prefetch
 from rljax.data.rows import Row, Rows, check, concatenate, fingerprint, split, write_jsonl
 from rljax.data.sources import files, read
+from rljax.data.survey import Overlong, Survey, survey
 
 __all__ = [
     "Batches",
     "Comparison",
     "Example",
+    "Messages",
+    "Overlong",
     "Packed",
     "Row",
     "Rows",
+    "Survey",
     "Unpaired",
     "chat_example",
     "chat_row",
@@ -82,9 +88,13 @@ __all__ = [
     "prefetch",
     "prompt_example",
     "prompt_ids",
+    "prompt_key",
     "prompt_row",
     "read",
+    "shared_prompts",
     "split",
+    "split_prompts",
+    "survey",
     "text_example",
     "text_row",
     "tokenize",

@@ -184,7 +184,7 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
     return [*ids, eos]
 
 
-def _answer(start: _Prompt, prompt: Messages, completion: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _answer(start: _Prompt, prompt: Any, completion: Messages, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """Tokens and mask of messages after a prompt of messages, up to the end of the last answer."""
     text, first, dialogue = start.text, len(prompt), prompt.followed_by(completion)
     if chat.continues(prompt):

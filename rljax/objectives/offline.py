@@ -102,7 +102,7 @@ def preference(
     """A loss on pairs of sequence log-probabilities.
 
     loss: with `reference`, (policy_chosen, policy_rejected, ref_chosen, ref_rejected) -> [b]; without,
-      (chosen, rejected) -> [b].
+      (chosen, rejected) -> [b]. Further keywords are filled from the batch's `fields` (a margin, a weight) by name.
     average: hand the loss log-probabilities averaged over the response (SimPO, ORPO, IPO as its authors ran it)
       instead of summed. The batch's reference log-probabilities must then be averages too.
     nll_weight: adds that much negative log-likelihood of the chosen response: 1 with `orpo_loss` and `cpo_loss`,
@@ -121,7 +121,7 @@ def preference(
         chosen, rejected = reduce(logps[0], batch.chosen.mask), reduce(logps[1], batch.rejected.mask)
         ref = (batch.ref_chosen_logps, batch.ref_rejected_logps)
         real = real_rows(batch.chosen)
-        values = loss(chosen, rejected, *ref) if reference else loss(chosen, rejected)
+        values = loss(chosen, rejected, *(ref if reference else ()), **batch.fields)
         check_form("loss", name_of(loss), values, chosen)
         metrics = {}
         if nll_weight:
