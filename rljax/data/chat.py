@@ -398,8 +398,10 @@ def _begin(dialogue: _Dialogue, i: int, alone: str, prompt: str | None, part: in
     header = _header(dialogue)
     if prompt is not None and alone.startswith(prompt):
         return len(prompt)
-    if prompt is not None and _common(prompt, alone) > len(prompt) - len(header):
-        return min(part, _common(prompt, alone))  # answers may begin otherwise than the header ends (DeepSeek R1)
+    alike = 0 if prompt is None else _common(prompt, alone)
+    if prompt is not None and alike > len(prompt) - len(header):  # answers begin otherwise than it ends (DeepSeek R1)
+        ends = [token.end() for token in special_pattern(dialogue.tokenizer).finditer(alone, len(prompt) - len(header))]
+        return min(part, max((end for end in ends if end <= alike), default=alike))
     if not header:
         raise UserError(_rewritten(i))
     return _after_header(dialogue, i, alone, part)
