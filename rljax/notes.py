@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from rljax.manifest import read_json, write_json
+from rljax.manifest import read_object, write_json
 
 FILE = "notes.json"
 
@@ -30,4 +30,4 @@ def keep(
 
 def read(folder: str | pathlib.Path) -> Mapping[str, Sequence[str]]:
     """{about: sentences}; empty where none were kept."""
-    return read_json(pathlib.Path(folder) / FILE) or {}
+    return read_object(pathlib.Path(folder) / FILE) or {}

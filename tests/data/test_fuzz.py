@@ -118,7 +118,9 @@ DEEP = "[" * 100_000
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
-@pytest.mark.parametrize("text", ['{"a": ' + DEEP, DEEP, '{"a": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ['{"a": ' + DEEP, DEEP, '{"a": ' + "1" * 5000 + "}"], ids=["a deep field", "a deep row", "many digits"]
+)
 def test_depth_and_digits(tmp_path, name, text):
     path = tmp_path / name
     path.write_text(text)
