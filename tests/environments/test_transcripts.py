@@ -168,7 +168,7 @@ def test_nonsense_is_refused(chatml, observation, message):
 def test_wrong_messages_are_refused(chatml):
     with pytest.raises(ValueError, match="observation: message 0 is"):
         talk(chatml, say("q"), ([5], [{"content": "x"}]))
-    with pytest.raises(ValueError, match="prompt has no tokens"):
+    with pytest.raises(ValueError, match="the prompt is empty"):
         talk(chatml, "")
     with pytest.raises(ValueError, match="a row of token ids"):
         talk(chatml, None)
