@@ -206,13 +206,13 @@ def test_bare_text_is_still_a_program():
 
 
 @pytest.fixture
-def story(stories, tmp_path):
+def story(small, tmp_path):
     rows = [
         {"prompt": "Once upon a time " * 8 + name, "chosen": " was happy.", "rejected": " was sad."}
         for name in "ABCD" * 6
     ]
     return {
-        "model": str(stories),
+        "model": str(small),
         "data": str(data.write_jsonl(tmp_path / "pairs.jsonl", rows)),
         "steps": 2,
         "batch": 8,
@@ -241,6 +241,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_offline_plans_compile_what_a_run_compiles(kind, story, tmp_path, monkeypatch):
     monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
@@ -255,6 +256,7 @@ def test_offline_plans_compile_what_a_run_compiles(kind, story, tmp_path, monkey
         assert bare(planned["update"]) == bare(setup.update.as_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_device", [False, True])
 def test_online_plans_compile_what_a_run_compiles(on_device, story, tmp_path):
     def length(prompts, completions):

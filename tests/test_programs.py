@@ -48,9 +48,9 @@ def pairs(tmp_path_factory) -> str:
     return str(data.write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows))
 
 
-def common(stories, tmp_path, **changes):
+def common(model, tmp_path, **changes):
     settings = {
-        "model": str(stories),
+        "model": str(model),
         "steps": 6,
         "batch": 4,
         "max_prompt": 32,
@@ -104,6 +104,7 @@ def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path,
     assert rows[0]["completion"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "settings"),
     [
@@ -118,18 +119,19 @@ def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path,
     ],
     ids=["ipo", "simpo", "orpo", "cpo", "rpo"],
 )
-def test_every_kind_of_preference_loss_learns(stories, tmp_path, pairs, loss, settings):
-    experiment = offline.Preference(loss=loss, data=pairs, **common(stories, tmp_path, samples=0), **settings)
+def test_every_kind_of_preference_loss_learns(small, tmp_path, pairs, loss, settings):
+    experiment = offline.Preference(loss=loss, data=pairs, **common(small, tmp_path, samples=0), **settings)
     assert offline.run(experiment) == 0
     assert last(tmp_path / "run", "eval/loss") < first(tmp_path / "run", "eval/loss")
     assert last(tmp_path / "run", "eval/rewards/margins") > first(tmp_path / "run", "eval/rewards/margins")
 
 
-def test_a_cached_reference_and_one_on_the_fly_are_the_same(stories, tmp_path, pairs):
+@pytest.mark.slow
+def test_a_cached_reference_and_one_on_the_fly_are_the_same(small, tmp_path, pairs):
     """Same losses to rounding, and the file on disk is used the second time."""
     finals = []
     for cached in (True, False):
-        settings = common(stories, tmp_path, samples=0, name=f"run{cached}", steps=3)
+        settings = common(small, tmp_path, samples=0, name=f"run{cached}", steps=3)
         experiment = offline.Preference(
             loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, cache_reference=cached, **settings
         )
@@ -139,8 +141,9 @@ def test_a_cached_reference_and_one_on_the_fly_are_the_same(stories, tmp_path, p
     assert len(list((pathlib.Path(os.environ["RLJAX_CACHE"]) / "reference").glob("*.npy"))) >= 2
 
 
-def test_kto_on_pairs_taken_apart(stories, tmp_path, pairs):
-    experiment = offline.Unpaired(data=pairs, **common(stories, tmp_path))
+@pytest.mark.slow
+def test_kto_on_pairs_taken_apart(small, tmp_path, pairs):
+    experiment = offline.Unpaired(data=pairs, **common(small, tmp_path))
     assert offline.run(experiment) == 0
     run = tmp_path / "run"
     assert first(run, "eval/loss") == pytest.approx(0.5, abs=1e-3)  # z0 = 0 and log-ratio 0: 1 − σ(0)
@@ -148,9 +151,10 @@ def test_kto_on_pairs_taken_apart(stories, tmp_path, pairs):
     assert last(run, "eval/rewards/chosen") > last(run, "eval/rewards/rejected")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [losses.bradley_terry_loss, losses.best_of_k_loss], ids=["pairwise", "best_of_k"])
-def test_reward_model_learns_and_is_normalised(stories, tmp_path, pairs, loss):
-    experiment = offline.RewardModel(loss=loss, data=pairs, normalize=8, **common(stories, tmp_path))
+def test_reward_model_learns_and_is_normalised(small, tmp_path, pairs, loss):
+    experiment = offline.RewardModel(loss=loss, data=pairs, normalize=8, **common(small, tmp_path))
     assert offline.run(experiment) == 0
     run = tmp_path / "run"
     assert last(run, "eval/accuracy") > 0.9
@@ -161,31 +165,34 @@ def test_reward_model_learns_and_is_normalised(stories, tmp_path, pairs, loss):
         artefacts.sample(str(run), ["Hello"], chat=False, max_new_tokens=4)
 
 
-def test_best_of_four(stories, tmp_path):
+@pytest.mark.slow
+def test_best_of_four(small, tmp_path):
     rows = [
         {"prompt": f"The {w}", "completions": [f" is {k}." for k in ("sad", "happy", "old", "wet")], "best": 1}
         for w in WORDS * 4
     ]
     path = data.write_jsonl(tmp_path / "rows.jsonl", rows)
-    settings = common(stories, tmp_path)
+    settings = common(small, tmp_path)
     assert offline.run(offline.RewardModel(loss=losses.best_of_k_loss, data=str(path), **settings)) == 0
     assert last(tmp_path / "run", "eval/accuracy") > 0.9
     with pytest.raises(ValueError, match="best_of_k_loss"):
         offline.run(offline.RewardModel(data=str(path), **settings | {"name": "pairwise"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
-def test_sft_learns(stories, tmp_path, packing):
+def test_sft_learns(small, tmp_path, packing):
     rows = [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS]
     path = data.write_jsonl(tmp_path / "texts.jsonl", rows)
-    settings = common(stories, tmp_path, optimizer=functools.partial(optax.adamw, weight_decay=0.01))
+    settings = common(small, tmp_path, optimizer=functools.partial(optax.adamw, weight_decay=0.01))
     assert offline.run(offline.SFT(data=str(path), packing=packing, **settings)) == 0
     assert last(tmp_path / "run", "eval/loss") < 0.7 * first(tmp_path / "run", "eval/loss")
 
 
-def test_early_stopping_keeps_the_best(stories, tmp_path, pairs):
+@pytest.mark.slow
+def test_early_stopping_keeps_the_best(small, tmp_path, pairs):
     """A rate that only makes things worse: the run ends after `patience` evaluations and the best is the first."""
-    settings = common(stories, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
+    settings = common(small, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
     experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings)
     assert offline.run(experiment) == 0
     steps = [row["step"] for row in tracking.read_rows(tmp_path / "run" / "metrics.jsonl")]
@@ -197,8 +204,8 @@ def _sft_rows(tmp_path, pairs) -> str:
     return str(data.write_jsonl(tmp_path / "sft.jsonl", rows))
 
 
-def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(stories, tmp_path, pairs):
-    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), **common(stories, tmp_path, steps=2))
+def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(small, tmp_path, pairs):
+    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), **common(small, tmp_path, steps=2))
     offline.run(experiment)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert offline.run(experiment) == 0
@@ -207,10 +214,11 @@ def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(stori
         offline.run(dataclasses.replace(experiment, learning_rate=0.1))
 
 
-def test_losses_do_not_depend_on_the_mesh(stories, tmp_path, pairs):
+@pytest.mark.slow
+def test_losses_do_not_depend_on_the_mesh(small, tmp_path, pairs):
     finals = {}
     for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        settings = common(stories, tmp_path, samples=0, steps=2, name=str(len(axes)))
+        settings = common(small, tmp_path, samples=0, steps=2, name=str(len(axes)))
         settings["mesh"] = functools.partial(sharding.make_mesh, **axes)
         experiment = offline.Preference(loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, **settings)
         offline.run(experiment)
@@ -264,9 +272,9 @@ def state_bits(run: pathlib.Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(stories, tmp_path, pairs):
+def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(small, tmp_path, pairs):
     file = tmp_path / "experiment.py"
-    file.write_text(FILE.format(model=str(stories), data=pairs, out=str(tmp_path)))
+    file.write_text(FILE.format(model=str(small), data=pairs, out=str(tmp_path)))
     whole = start(file, "--name", "whole")
     output, _ = whole.communicate(timeout=550)
     assert whole.returncode == 0, output

@@ -32,10 +32,10 @@ def test_snippets_run_and_print_what_they_say(capsys):
 
 
 @pytest.mark.slow
-def test_the_online_snippet_is_an_experiment_that_runs(stories, tmp_path):
+def test_the_online_snippet_is_an_experiment_that_runs(small, tmp_path):
     file = tmp_path / "happy.py"
     file.write_text(SNIPPETS[3])
-    argv = ["run", str(file), "--model", str(stories), "--steps", "2", "--mesh.fsdp", "1", "--out", str(tmp_path)]
+    argv = ["run", str(file), "--model", str(small), "--steps", "2", "--mesh.fsdp", "1", "--out", str(tmp_path)]
     assert cli.main(argv) == 0
     assert (tmp_path / "happy" / "report.md").exists()
     space = {}
@@ -45,11 +45,11 @@ def test_the_online_snippet_is_an_experiment_that_runs(stories, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_environment_snippet_trains(stories, tmp_path):
+def test_the_environment_snippet_trains(small, tmp_path):
     space = {}
     exec(SNIPPETS[5], space)
     experiment = presets.grpo(
-        model=str(stories),
+        model=str(small),
         data=str(data.write_jsonl(tmp_path / "words.jsonl", [{"word": word} for word in ("cat", "day", "sun") * 8])),
         environment=space["rhyming"],
         turn_tokens=4,

@@ -18,8 +18,9 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(OPTIONS))
-def test_two_steps(name, stories, shared, tmp_path, monkeypatch):
+def test_two_steps(name, small, shared, tmp_path, monkeypatch):
     monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
     options = [option.format(shared=shared) for option in OPTIONS[name]]
     if name in ("simpo", "reward_model_hh"):
@@ -28,7 +29,7 @@ def test_two_steps(name, stories, shared, tmp_path, monkeypatch):
         options += ["--max_prompt", "48", "--max_completion", "16"]
     if "warmup=" in (EXPERIMENTS / f"{name}.py").read_text():
         options += ["--schedule.warmup", "0"]
-    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(stories), "--out", str(tmp_path), *TINY, *options]
+    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(small), "--out", str(tmp_path), *TINY, *options]
     assert cli.main(argv) == 0
     records = tracking.read_rows(tmp_path / name / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]
