@@ -119,15 +119,15 @@ def metrics(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("whole", marks=pytest.mark.long)])
-def test_weights_that_wait_in_host_memory_change_no_bit(kind, small, tmp_path):
+def test_weights_that_wait_in_host_memory_change_no_bit(kind, stories, tmp_path):
     run = {
         "dpo": functools.partial(DPO, data=cases.pairs(tmp_path), cache_reference=False),
         "whole": functools.partial(presets.grpo, data=cases.prompts(tmp_path), reward=short, group=2, kl_loss=0.04),
     }[kind]
-    settings = SMALL | {"steps": 2, "max_prompt": 32, "eval_rows": 4, "eval_every": 2, "save_every": 2, "samples": 0}
-    del settings["data"]
+    small = SMALL | {"steps": 2, "max_prompt": 32, "eval_rows": 4, "eval_every": 2, "save_every": 2, "samples": 0}
+    del small["data"]
     for name, away in (("device", False), ("host", True)):
-        experiment = run(model=str(small), out=str(tmp_path), name=name, offload_reference=away, **settings)
+        experiment = run(model=str(stories), out=str(tmp_path), name=name, offload_reference=away, **small)
         (offline if kind == "dpo" else online).run(experiment)
     assert metrics(tmp_path / "device") == metrics(tmp_path / "host")
     assert len(metrics(tmp_path / "host")) > 2

@@ -32,11 +32,11 @@ experiment = presets.grpo(
 
 
 @pytest.fixture(scope="module")
-def starts(small, tmp_path_factory):
+def starts(stories, tmp_path_factory):
     """Two runs of one experiment, each in a process of its own: {name: what it said}, and their folder."""
     folder = tmp_path_factory.mktemp("starts")
     file = folder / "experiment.py"
-    file.write_text(FILE.format(model=str(small), data=cases.prompts(folder), out=str(folder)))
+    file.write_text(FILE.format(model=str(stories), data=cases.prompts(folder), out=str(folder)))
     shared = {**os.environ, "RLJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     shared["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     shared["JAX_DEBUG_LOG_MODULES"] = "jax._src.compiler"

@@ -190,9 +190,9 @@ def test_sft_learns(small, tmp_path, packing):
 
 
 @pytest.mark.slow
-def test_early_stopping_keeps_the_best(small, tmp_path, pairs):
+def test_early_stopping_keeps_the_best(stories, tmp_path, pairs):
     """A rate that only makes things worse: the run ends after `patience` evaluations and the best is the first."""
-    settings = common(small, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
+    settings = common(stories, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
     experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings)
     assert offline.run(experiment) == 0
     steps = [row["step"] for row in tracking.read_rows(tmp_path / "run" / "metrics.jsonl")]

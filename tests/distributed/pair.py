@@ -8,14 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
 from tests import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-KEPT = tempfile.TemporaryDirectory(prefix="rljax-programs-")
 
 
 def start(
@@ -27,12 +25,6 @@ def start(
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "XLA_FLAGS": compiler.flags(devices), "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
-    shared |= {  # what one test has compiled the next need not
-        "JAX_ENABLE_COMPILATION_CACHE": "true",
-        "JAX_COMPILATION_CACHE_DIR": KEPT.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     shared |= {"RLJAX_COORDINATOR": f"localhost:{port}", "RLJAX_PROCESSES": str(processes), **variables}
     running = []
     for number in range(processes):
