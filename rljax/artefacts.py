@@ -17,9 +17,12 @@ from rljax import filters, kept, policy, sharding
 from rljax.checkpoint import Checkpoints
 from rljax.data import prompt_ids
 from rljax.errors import UserError
-from rljax.manifest import flat, read_object
-from rljax.models import folders, hf, hf_write, resolve, scalar_head
+from rljax.manifest import flat, read_json, read_object
+from rljax.metrics import best_mode
+from rljax.models import folders, hf, hf_write, normalize_head, resolve, scalar_head
 from rljax.types import Params
+
+SCORES = "scores"  # in what goes with a reward model's checkpoint: (mean, std) by which its scores are normalised
 
 
 def load_run(
@@ -60,14 +63,18 @@ def open_run(
         like = jax.tree.map(_wide, like)
     for name in reversed(where):
         like = {name: like}
-    ranked = {"best_metric": experiment["best"], "best_mode": experiment["best_mode"]}
+    way = best_mode(experiment["best"], experiment["best_mode"])
+    ranked: Any = {"best_metric": experiment["best"], "best_mode": way}
     with Checkpoints(folder, read_only=True, alone=mesh is None, **ranked) as checkpoints:
         found = [candidate for candidate in (step, checkpoints.best(), checkpoints.latest()) if candidate is not None]
         if not found:
             raise UserError(f"{folder} has no finished checkpoint yet")
-        state, _ = checkpoints.restore(found[0], like, partial=True)
+        state, extra = checkpoints.restore(found[0], like, partial=True)
     for name in where:
         state = state[name]
+    if extra.get(SCORES) is not None:
+        mean, std = extra[SCORES]
+        state = {**state, "head": normalize_head(state["head"], mean=mean, std=std)}
     return start, jax.tree.map(lambda x, p: x if x.dtype == p.dtype else x.astype(p.dtype), state, plain), found[0]
 
 
@@ -111,6 +118,7 @@ def export(run: str | pathlib.Path, folder: str | pathlib.Path, *, step: int | N
     path, experiment = pathlib.Path(folder), _record(run)
     folders.check_target(path, hf_write.OWN_FILES, reads=_folders_read(experiment, run))
     start, params, chosen = open_run(run, step=step, mesh=_everywhere())
+    check_finite(params, f"step {chosen} of {run}")
     save = hf.save_reward if "head" in params else hf.save
     save(path, start.model, params, tokenizer=start.tokenizer, stop_ids=start.stop_ids)
     return chosen
@@ -137,6 +145,18 @@ def remark(folder: str | pathlib.Path) -> str:
         f". transformers has no place for the bias of its score ({bias:.6g}, from normalising): its scores lack "
         "it, in the same order; config.json keeps it as rljax.reward_bias"
     )
+
+
+def check_finite(params: Params, whose: str) -> None:
+    """UserError for weights of which some are not finite: a model that answers nothing but NaN."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        wrong = int(jnp.count_nonzero(~jnp.isfinite(leaf)))
+        if wrong:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise UserError(
+                f"the weights of {whose} are not finite: {wrong} of the {leaf.size} of {name} are NaN or infinite. "
+                "Export an earlier checkpoint (--step N), or train again with a lower learning rate"
+            )
 
 
 def sample(

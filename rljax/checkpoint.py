@@ -46,11 +46,15 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # eight bytes become two words
 
 
+class UnsavedError(OSError, UserError):
+    """A checkpoint that could not be written: a full disk, no permission."""
+
+
 class Checkpoints:
     """The checkpoints of one run: the last `keep` of them and, of all that were saved with metrics, the best.
 
-    Errors: UserError for what cannot be used (a foreign or damaged folder, a state of other shapes), OSError for what
-    cannot be written (a full disk, no permission). A save that fails in the background raises at the next call.
+    Errors: UserError for what cannot be used (a foreign or damaged folder, a state of other shapes), UnsavedError for
+    what cannot be written (a full disk, no permission). A save that fails in the background raises at the next call.
     Every process of a multi-host run makes the same calls on a folder that all of them see.
     """
 
@@ -191,7 +195,7 @@ class Checkpoints:
             self._records, self._scores = _scan(self.folder, self._records), {}
             self._rank()
             saved = ", ".join(map(str, sorted(self._records))) or "none"
-            raise OSError(
+            raise UnsavedError(
                 f"A checkpoint could not be written to {self.folder} ({type(error).__name__}: {_first_line(error)}). "
                 f"Make room or give the folder write permission, then run again: the run goes on from the last "
                 f"finished checkpoint. Finished, and untouched: {saved}."

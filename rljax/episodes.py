@@ -54,7 +54,7 @@ def of_rows(
         run.environment,
         [rows[int(indices[i])] for i in part.mine],
         key,
-        max_new_tokens=run.turn_tokens or run.max_completion,
+        max_new_tokens=run.max_completion if run.turn_tokens is None else run.turn_tokens,
         max_prompt=width,
         max_length=width + run.max_completion,
         n=n,

@@ -118,19 +118,20 @@ def log(
     return program.rank(run, {f"eval/{name}": value for name, value in found.items()}, progress)
 
 
-def show(
-    run: Any, setup: Any, learner: Learner, written: Written, tracker: tracking.Tracker, step: int, phase: str
-) -> None:
-    """Show samples; before and after training also find out what the experiment itself wants to know."""
+def show(run: Any, written: Written, tracker: tracking.Tracker, step: int, phase: str) -> None:
+    """Show samples."""
     columns = zip(written.prompts, written.texts, written.total, strict=True)
     rows = [
         {"phase": phase, "prompt": p, "completion": t, "reward": None if np.isnan(r) else round(float(r), 4)}
         for p, t, r in list(columns)[: run.samples]
     ]
     tracker.samples(step, rows, title=f"step {step}" if phase == "during" else f"{phase} training")
-    if phase != "during":
-        now = setup.start._replace(params=exported(learner))
-        program.measure(run, now, setup.start.params, tracker, step, phase)
+
+
+def measure(run: Any, setup: Any, learner: Learner, tracker: tracking.Tracker, step: int, phase: str) -> None:
+    """Find out what the experiment itself wants to know, before and after training."""
+    now = setup.start._replace(params=exported(learner))
+    program.measure(run, now, setup.start.params, tracker, step, phase)
 
 
 def mean(values: np.ndarray) -> float | None:
@@ -163,4 +164,4 @@ def reference_moments(run: Any, setup: Any, learner: Learner, tracker: tracking.
     return dataclasses.replace(learner, moments=placed)
 
 
-__all__ = ["Written", "log", "reference_moments", "show", "shown", "write"]
+__all__ = ["Written", "log", "measure", "reference_moments", "show", "shown", "write"]

@@ -95,9 +95,11 @@ def build(
     rewards: Sequence[Reward] = (),
     *,
     settings: Sampling,
+    on_nan: train.OnNan | None = None,
 ) -> Iteration:
-    """The iteration of a run (an experiment of `online`) with its method (see methods.py)."""
-    update = train.update_step(method.loss_fn, optimizer, microbatches=run.microbatches, together=method.shared)
+    """The iteration of a run (an experiment of `online`) with its method (methods.py). on_nan: `train.update_step`."""
+    pieces: dict[str, Any] = {"microbatches": run.microbatches, "together": method.shared}
+    update = train.update_step(method.loss_fn, optimizer, on_nan=on_nan, **pieces)
     epochs = train.epochs_step(
         update,
         epochs=run.epochs,
@@ -294,7 +296,7 @@ def _next_factor(run: Any, factor: Array, metrics: Metrics, rows: int) -> Array:
         return factor
     kl: Mean = metrics["objective/kl"]
     moved = advantages.adaptive_kl(factor, kl.value(), target=run.kl_target, horizon=run.kl_horizon, batch_size=rows)
-    return jnp.where(kl.weight > 0, moved, factor)  # no row was measured: nothing is known
+    return jnp.where((kl.weight > 0) & jnp.isfinite(moved), moved, factor)  # no row was measured: nothing is known
 
 
 def _average(run: Any, ema: Params | None, params: Params) -> Params | None:

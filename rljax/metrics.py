@@ -6,8 +6,11 @@ reports show it without a definition.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from rljax.errors import UserError
 
 
 class Definition(NamedTuple):
@@ -111,6 +114,9 @@ METRICS: dict[str, Definition] = {
         "nats/token",
         group="entropy",
     ),
+    "updates/skipped": Definition(
+        "Updates that were left out, since loss, gradient or weights were not finite (on_nan='skip')", group="updates"
+    ),
     "policy/updates": Definition("Updates made in the iteration; target_kl skips the rest", group="updates"),
     "loss/policy_avg": Definition(
         "The surrogate: about 0 while ratios are 1 and advantages have mean 0, whatever is learned; mind its gradient",
@@ -180,6 +186,29 @@ def _of_run(name: str, definition: Definition, experiment: Mapping[str, Any]) ->
     if experiment.get("kind") == "RewardModel" and name == "reward/mean":
         text = "Mean score that the reward model gives"
     return definition._replace(text=text, unit=unit)
+
+
+_BETTER = {"min": r"loss|nll|perplexity|ppl|kl|error|wer|cer|brier", "max": r"accurac|acc$|reward|score|win|margin|f1"}
+
+
+def best_mode(best: str | None, mode: Literal["min", "max"] | None = None) -> Literal["min", "max"]:
+    """Which way the metric `best` gets better: `mode`, or what its definition says, or its name. UserError for a name
+    that does not say it.
+    """
+    if mode is not None or best is None:
+        if mode not in ("min", "max", None):
+            raise UserError(f"best_mode must be 'min' or 'max', or None, got {mode!r}")
+        return mode or "max"
+    known = define(best)
+    if known is not None and known.better:
+        return "min" if known.better == "lower" else "max"
+    fits = [way for way, words in _BETTER.items() if re.search(words, best.lower().removeprefix("eval/"))]
+    if len(fits) != 1:
+        raise UserError(
+            f"best={best!r}: nothing says whether more or less of it is better. Set best_mode to 'min' or 'max' "
+            "(--best-mode min)"
+        )
+    return "min" if fits == ["min"] else "max"
 
 
 def _of_reward(name: str) -> Definition | None:

@@ -6,11 +6,11 @@ else here is the same for every kind of experiment.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
-import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -19,15 +19,16 @@ import optax
 from jax.sharding import Mesh
 
 from rljax import (
+    artefacts,
     data,
     hosts,
+    loop,
     losses,
     models,
     notes,
     policy,
     program,
     reference,
-    report,
     resuming,
     selfchecks,
     tasks,
@@ -38,11 +39,12 @@ from rljax.checkpoint import Checkpoints
 from rljax.errors import UserError
 from rljax.filters import Sampling
 from rljax.identity import base_kind
+from rljax.metrics import best_mode
 from rljax.objectives import tryouts
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
 from rljax.ranges import Coefficient, Natural, Rate
-from rljax.types import TrainState
+from rljax.types import Params, TrainState
 
 __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", "selfcheck"]
 
@@ -89,6 +91,9 @@ class Unpaired(Run):
     loss: Callable[..., Any] = KTO  # (log-probabilities, the reference's, desirable, KL point) -> [b]
 
 
+Scored = Callable[[Params], tuple[float, float]]  # of a reward model's parameters: mean and std of its scores
+
+
 class Setup(NamedTuple):
     """Everything that a run is made of, before its first step."""
 
@@ -119,18 +124,18 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
                 folder / "checkpoints",
                 keep=experiment.keep,
                 best_metric=experiment.best,
-                best_mode=experiment.best_mode,
+                best_mode=best_mode(experiment.best, experiment.best_mode),
             ) as checkpoints,
             _tracker(experiment, folder, checkpoints.latest()) as tracker,
         ):
             setup = set_up(experiment, mesh, folder, tracker)
-            state, progress = _begin(experiment, setup, checkpoints, tracker)
-            _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
-    if stop.requested is not None:
-        return 128 + signal.Signals[stop.requested].value
-    if jax.process_index() == 0:
-        print(f"\nreport: {report.write_report(folder)}\nexport: rljax export {folder} FOLDER")
-    return 0
+            scored = _scorer(experiment, setup, tracker)
+            state, progress = _begin(experiment, setup, scored, checkpoints, tracker)
+            with contextlib.closing(data.prefetch(setup.task.batch, int(state.step), experiment.steps)) as batches:
+                parts = _parts(experiment, setup, batches, scored, tracker)
+                more = {"checkpoints": checkpoints, "tracker": tracker, "stop": stop}
+                whole = loop.Loop(experiment, parts, state, progress, **more).steps()
+    return loop.leave(folder, stop, whole)
 
 
 def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
@@ -169,7 +174,8 @@ def set_up(experiment: Run, mesh: Mesh, folder: pathlib.Path, tracker: tracking.
         batch = hosts.place(batch, mesh)
         return batch if task.prepare is None else task.prepare(params, batch)
 
-    update = train.make_update(task.loss_fn, optimizer, shardings=shardings, microbatches=experiment.microbatches)
+    more: Any = {"microbatches": experiment.microbatches, "on_nan": experiment.on_nan}
+    update = train.make_update(task.loss_fn, optimizer, shardings=shardings, **more)
     with tracker.phase("compiling the update"):
         batch = place(task.batch(0), state.params)
         compiled = update.lower(state, batch).compile()
@@ -241,7 +247,7 @@ def _task(experiment: Run, start: policy.Policy, rows: tasks.Rows, mesh: Any, tr
 
 
 def _begin(
-    experiment: Run, setup: Setup, checkpoints: Checkpoints, tracker: tracking.Tracker
+    experiment: Run, setup: Setup, scored: Scored | None, checkpoints: Checkpoints, tracker: tracking.Tracker
 ) -> tuple[TrainState, Progress]:
     """From the last checkpoint, or checked and measured at the very beginning."""
     latest = checkpoints.latest()
@@ -251,8 +257,15 @@ def _begin(
         )
         state, progress = checkpoints.restore(latest, like)
         tracker.status(f"resumed at step {latest}")
-        return state, program.resumed(experiment, latest, progress)
-    state = _normalized(experiment, setup, setup.state, tracker)
+        progress = program.resumed(experiment, latest, progress)
+        if progress.owed is not None:
+            tracker.take_back(latest, progress.owed)
+        return state, progress
+    state = setup.state
+    if scored is not None:
+        mean, std = scored(state.params)
+        tracker.status(f"reward before normalising: mean {mean:.3f}, std {std:.3f}")
+        state = dataclasses.replace(state, params=_normalized(setup, state.params, mean, std))
     written = _write(experiment, setup, state, tracker)
     if experiment.checks:
         selfchecks.require(_checks(experiment, setup, written, tracker), tracker.status, experiment.waive)
@@ -261,41 +274,47 @@ def _begin(
     return state, Progress()
 
 
-def _loop(
-    experiment: Run,
-    setup: Setup,
-    state: TrainState,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    tracker: tracking.Tracker,
-    stop: tracking.Stop,
-) -> None:
-    """Steps until the last, until `patience` runs out, or until a signal comes; saved in all three cases."""
-    begin = experiment.steps if progress.done else int(state.step)
+def _parts(
+    experiment: Run, setup: Setup, batches: Iterator[tuple[int, Any]], scored: Scored | None, tracker: tracking.Tracker
+) -> loop.Parts[TrainState]:
+    """What the loop calls."""
     everywhere = experiment.batch / len(hosts.share(experiment.batch, setup.mesh).here)  # over the rows read here
-    for index, batch in data.prefetch(setup.task.batch, begin, experiment.steps):
-        step, tokens = index + 1, np.count_nonzero(setup.task.tokens(batch).segments) * everywhere
-        with jax.profiler.StepTraceAnnotation("step", step_num=step):
-            state, metrics = setup.update(state, setup.place(batch, state.params))
-        rate = program.learning_rate(setup.schedule, state)
-        tracker.log(step, {**metrics, "learning_rate": rate}, tokens=tokens)
+    moments: dict[int, tuple[float, float]] = {}  # of the scores, at the step that was last asked for
 
-        due, leaving = step % experiment.eval_every == 0 or step == experiment.steps, stop.agreed(step) is not None
-        measured = None
-        if due:
-            progress, measured = _evaluate(experiment, setup, state, progress, tracker, step)
-        done = step == experiment.steps or progress.waited >= (experiment.patience or np.inf)
-        if done:
-            state = _normalized(experiment, setup, state, tracker)
-            _measure(experiment, setup, state, _write(experiment, setup, state, tracker), tracker, step, "after")
-            progress = progress._replace(done=True)
-        better = due and experiment.best is not None and progress.waited == 0
-        if done or leaving or better or step % experiment.save_every == 0:
-            tracker.flush()
-            with tracker.phase():
-                checkpoints.save(step, state, progress._asdict(), measured)
-        if done or leaving:
-            return
+    def advance(state: TrainState, progress: Progress, at: int) -> loop.Made[TrainState]:
+        _, batch = next(batches)
+        tokens = np.count_nonzero(setup.task.tokens(batch).segments) * everywhere
+        state, metrics = setup.update(state, setup.place(batch, state.params))
+        return loop.Made(state, progress, metrics, tokens)
+
+    def evaluate(state: TrainState, progress: Progress, at: int) -> tuple[Progress, dict[str, float] | None]:
+        return _evaluate(experiment, setup, state, progress, tracker, at)
+
+    def extra(state: TrainState) -> dict[str, Any]:
+        if scored is None:
+            return {}
+        if int(state.step) not in moments:
+            moments.clear()
+            moments[int(state.step)] = scored(state.params)
+        return {artefacts.SCORES: moments[int(state.step)]}
+
+    def finish(state: TrainState, at: int) -> None:
+        if scored is not None:
+            mean, std = extra(state)[artefacts.SCORES]
+            tracker.status(f"reward before normalising: mean {mean:.3f}, std {std:.3f}")
+            state = dataclasses.replace(state, params=_normalized(setup, state.params, mean, std))
+        _measure(experiment, setup, state, _write(experiment, setup, state, tracker), tracker, at, "after")
+
+    return loop.Parts(
+        advance=advance,
+        evaluate=evaluate,
+        finish=finish,
+        train=lambda state: state,
+        saved=lambda state: state,
+        extra=extra,
+        made=lambda state: int(state.step),
+        schedule=setup.schedule,
+    )
 
 
 def _evaluate(
@@ -342,27 +361,38 @@ def _measure(
     program.measure(experiment, now, setup.policy.params, tracker, step, phase)
 
 
-def _normalized(experiment: Run, setup: Setup, state: TrainState, tracker: tracking.Tracker) -> TrainState:
-    """A reward model with its head rescaled to mean 0 and std 1 on texts of the policy (Ziegler et al. 2019, section
-    2.1).
-    """
+def _scorer(experiment: Run, setup: Setup, tracker: tracking.Tracker) -> Scored | None:
+    """params -> (mean, std) of their scores on texts of the policy as it began, the same every time."""
     if not isinstance(experiment, RewardModel) or not experiment.normalize:
-        return state
-    with tracker.phase(f"normalising the reward on {experiment.normalize} samples of the policy"):
-        written = policy.complete(
-            setup.policy,
-            setup.task.prompts,
-            jax.random.key(experiment.seed),
-            max_new_tokens=experiment.max_completion,
-            batch=min(32, experiment.normalize),
-            max_prompt=experiment.max_prompt,
-        )
-        score = jax.jit(models.reward_model(setup.policy.model).scores)
-        scores = np.concatenate([hosts.whole(score(state.params, rollout.tokens)) for rollout in written.rollouts])
-        head = models.normalize_head(state.params["head"], mean=float(scores.mean()), std=float(scores.std()))
-    tracker.status(f"reward before normalising: mean {scores.mean():.3f}, std {scores.std():.3f}")
-    params = jax.device_put({**state.params, "head": head}, setup.shardings.params)
-    return dataclasses.replace(state, params=params)
+        return None
+    written: list[Any] = []
+    score = jax.jit(models.reward_model(setup.policy.model).scores)
+
+    def scored(params: Params) -> tuple[float, float]:
+        text = f"normalising the reward on {experiment.normalize} samples of the policy"
+        with tracker.phase(None if written else text):
+            if not written:
+                made = policy.complete(
+                    setup.policy,
+                    setup.task.prompts,
+                    jax.random.key(experiment.seed),
+                    max_new_tokens=experiment.max_completion,
+                    batch=min(32, experiment.normalize),
+                    max_prompt=experiment.max_prompt,
+                )
+                written.extend(rollout.tokens for rollout in made.rollouts)
+            scores = np.concatenate([hosts.whole(score(params, tokens)) for tokens in written])
+        return float(scores.mean()), float(scores.std())
+
+    return scored
+
+
+def _normalized(setup: Setup, params: Params, mean: float, std: float) -> Params:
+    """A reward model with its head rescaled to mean 0 and std 1 (Ziegler et al. 2019, section 2.1): at the beginning of
+    training, and for everybody who opens a checkpoint of it; the head that is trained stays as it is.
+    """
+    head = models.normalize_head(params["head"], mean=mean, std=std)
+    return jax.device_put({**params, "head": head}, setup.shardings.params)
 
 
 def _checks(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import signal
 from typing import Any, NamedTuple
 
 import jax
@@ -29,9 +28,9 @@ from rljax import (
     evidence,
     hosts,
     judges,
+    loop,
     objectives,
     program,
-    report,
     resuming,
     sampling,
     selfchecks,
@@ -41,6 +40,7 @@ from rljax import (
 )
 from rljax.checkpoint import Checkpoints
 from rljax.iteration import Learner, Trace
+from rljax.metrics import best_mode
 from rljax.online_setup import Setup, set_up
 from rljax.program import Evaluation, Progress
 from rljax.progress import lossy_screen
@@ -67,7 +67,8 @@ def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
     program.check_settings(experiment)
     settings.check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
-    ranked: dict[str, Any] = {"best_metric": experiment.best, "best_mode": experiment.best_mode}
+    way = best_mode(experiment.best, experiment.best_mode)
+    ranked: dict[str, Any] = {"best_metric": experiment.best, "best_mode": way}
     with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         if not resuming.begin(experiment, folder):
             return 0
@@ -75,15 +76,12 @@ def run(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
             Checkpoints(folder / "checkpoints", keep=experiment.keep, **ranked) as checkpoints,
             _tracker(experiment, folder, checkpoints.latest()) as tracker,
         ):
-            setup = set_up(experiment, mesh, folder, tracker, stop)
-            with contextlib.suppress(judges.Leaving):  # before anything was learned: there is nothing to save
+            setup, whole = set_up(experiment, mesh, folder, tracker, stop), True
+            with contextlib.suppress(judges.Leaving):  # before anything was learned, there is nothing to save
                 state, progress = _begin(experiment, setup, checkpoints, tracker)
-                _loop(experiment, setup, state, progress, checkpoints, tracker, stop)
-    if stop.requested is not None:
-        return 128 + signal.Signals[stop.requested].value
-    if jax.process_index() == 0:
-        print(f"\nreport: {report.write_report(folder)}\nexport: rljax export {folder} FOLDER")
-    return 0
+                parts, more = _parts(experiment, setup, tracker), {"tracker": tracker, "stop": stop}
+                whole = loop.Loop(experiment, parts, state, progress, checkpoints=checkpoints, **more).steps()
+    return loop.leave(folder, stop, whole)
 
 
 def selfcheck(experiment: Sampled, file: str | pathlib.Path | None = None) -> int:
@@ -123,8 +121,8 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
         state, progress = checkpoints.restore(latest, _saved(setup, State(like, None)))
         tracker.status(f"resumed at step {latest}")
         queue, progress = hosts.whole(state.get("queue")), program.resumed(run, latest, progress)
-        if progress.owed:
-            tracker.take_back(latest)
+        if progress.owed is not None:
+            tracker.take_back(latest, progress.owed)
         return State(state["learner"], queue), progress
     learner = setup.learner
     if run.checks:
@@ -134,7 +132,8 @@ def _begin(run: Sampled, setup: Setup, checkpoints: Checkpoints, tracker: tracki
     with tracker.phase(f"completing {len(setup.held_out)} held-out prompts"):
         written = evaluation.write(run, setup, learner, setup.held_out, run.seed)
     evaluation.log(run, written, Progress(), tracker, 0)
-    evaluation.show(run, setup, learner, written, tracker, 0, "before")
+    evaluation.show(run, written, tracker, 0, "before")
+    evaluation.measure(run, setup, learner, tracker, 0, "before")
     return State(learner, None), Progress()
 
 
@@ -146,64 +145,38 @@ def _saved(setup: Setup, state: State) -> dict[str, Any]:
     return saved
 
 
-def _loop(
-    run: Sampled,
-    setup: Setup,
-    state: State,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    tracker: tracking.Tracker,
-    stop: tracking.Stop,
-) -> None:
-    """Iterations until the last, until `patience` runs out, a signal comes or a reward fails; saved in all cases."""
+def _parts(run: Sampled, setup: Setup, tracker: tracking.Tracker) -> loop.Parts[State]:
+    """What the loop calls."""
 
-    def save(step: int, measured: dict[str, float] | None = None) -> None:
-        tracker.flush()
+    def advance(state: State, progress: Progress, at: int) -> loop.Made[State]:
+        state, progress, metrics, trace = _advance(run, setup, state, progress, at)
+        return loop.Made(
+            state,
+            progress,
+            metrics,
+            _tokens(trace),
+            check=lambda: collect.check_on_device(setup.sampler, trace),
+            evidence=lambda: _evidence(run, setup, state.learner, trace),
+        )
+
+    def evaluate(state: State, progress: Progress, at: int) -> tuple[Progress, dict[str, float] | None]:
         with tracker.phase():
-            checkpoints.save(step, _saved(setup, state), progress._asdict(), measured)
+            written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
+            progress, measured = evaluation.log(run, written, progress, tracker, at)
+            over = at == run.steps or program.patient(run, progress)
+            evaluation.show(run, written, tracker, at, "after" if over else "during")
+        return progress, measured
 
-    at = run.steps if progress.done else int(state.learner.iterations)
-    while at < run.steps or progress.owed:
-        measured, owed = None, progress.owed  # owed: the evaluation that an earlier start of the run did not get to
-        try:
-            if not progress.owed:
-                with jax.profiler.StepTraceAnnotation("step", step_num=at + 1):
-                    state, advanced, metrics, trace = _advance(run, setup, state, progress, at)
-                collect.check_on_device(setup.sampler, trace)
-                at, progress = at + 1, advanced
-                rate = program.learning_rate(setup.schedule, state.learner.train)
-                tracker.log(at, {**metrics, "learning_rate": rate}, tokens=_tokens(trace))
-                if at % run.eval_every == 0 or at == run.steps:
-                    tracker.evidence(at, _evidence(run, setup, state.learner, trace))
-                    progress = progress._replace(owed=True)
-            if progress.owed:
-                progress, measured = _evaluate(run, setup, state, progress, tracker, at)
-        except judges.Leaving:
-            save(at)
-            return
-        except Exception as error:  # a reward that failed, groups without contrast, the experiment's own evaluation
-            agreed = jax.process_count() == 1 or isinstance(error, hosts.AgreedError)
-            if agreed and not any(x.is_deleted() for x in jax.tree.leaves(state.learner)):
-                save(at)  # of several processes all do, or none
-            raise
-        better, leaving = measured is not None and progress.waited == 0, stop.agreed(at) is not None
-        done = progress.done
-        if done or leaving or better or owed or at % run.save_every == 0:
-            save(at, measured)
-        if done or leaving:
-            return
-
-
-def _evaluate(
-    run: Sampled, setup: Setup, state: State, progress: Progress, tracker: tracking.Tracker, at: int
-) -> tuple[Progress, dict[str, float] | None]:
-    """Held-out prompts completed, judged, logged and shown; `owed` until all of that is done."""
-    with tracker.phase():
-        written = evaluation.write(run, setup, state.learner, setup.held_out, run.seed)
-    progress, measured = evaluation.log(run, written, progress, tracker, at)
-    done = at == run.steps or progress.waited >= (run.patience or np.inf)
-    evaluation.show(run, setup, state.learner, written, tracker, at, "after" if done else "during")
-    return progress._replace(owed=False, done=done), measured
+    return loop.Parts(
+        advance=advance,
+        evaluate=evaluate,
+        finish=lambda state, at: evaluation.measure(run, setup, state.learner, tracker, at, "after"),
+        train=lambda state: state.learner.train,
+        saved=lambda state: _saved(setup, state),
+        extra=lambda _: {},
+        made=lambda state: int(state.learner.iterations),
+        schedule=setup.schedule,
+    )
 
 
 def _tokens(trace: Trace) -> jax.Array:

@@ -80,7 +80,7 @@ def set_up(run: Sampled, mesh: Mesh, folder: pathlib.Path, tracker: tracking.Tra
     method = method._replace(params={})
     if not keeps_initial(run, method):
         start = start._replace(params={})
-    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
+    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn, on_nan=run.on_nan)
     here = None if run.environment is not None else hosts.share(run.batch, mesh).here
     source = prompts.prompts(run, start.tokenizer, train_rows, here)
     pretrain = _pretrain(run, start, mesh, lambda lines: notes.keep(folder, "pretraining text", lines, tracker.status))

@@ -20,6 +20,7 @@ from rljax import data, hosts, models, notes, policy, ranges, selfchecks, shardi
 from rljax.errors import UserError
 from rljax.identity import contents, describe
 from rljax.manifest import read_json, record_contents, write_json
+from rljax.metrics import best_mode
 from rljax.models import hf
 from rljax.ranges import Count, Natural, Positive, Rate, Seed
 from rljax.types import Mean, TrainState
@@ -53,6 +54,7 @@ class Run:
     schedule: Callable[..., optax.Schedule] = train.linear  # (peak, updates) -> optax schedule; warmup is in updates
     optimizer: Callable[..., optax.GradientTransformation] = ADAM  # takes learning_rate=, the schedule
     clip_norm: Positive | None = 1.0  # of the gradient over all parameters; None: unclipped
+    on_nan: train.OnNan = "stop"  # at a loss, gradient or weight that is not finite; skip: leave that update out
     seed: Seed = 0  # of the order of the data, of sampling, of new heads
 
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters; moments and averages are float32
@@ -70,8 +72,8 @@ class Run:
     keep: Count = 2  # the latest checkpoints that stay, beside the best
     accept_changes: str = ""  # fields a,b,c (or all) that a resumed run may find changed: see docs/resuming.md
     best: str | None = None  # a held-out metric; the checkpoint where it was best is kept
-    best_mode: Literal["min", "max"] = "max"  # which values of `best` are better
-    patience: Count | None = None  # stop after this many evaluations without a better `best`
+    best_mode: Literal["min", "max"] | None = None  # which way `best` gets better; None: as its name says (loss: min)
+    patience: Natural | None = None  # stop after this many evaluations without a better `best`; 0: as 1
     samples: Natural = 4  # held-out prompts whose continuations are shown
     sample_tokens: Count = 64  # the length of those continuations, in offline runs
     # (policy, reference params, key) -> Evaluation, before and after training
@@ -100,6 +102,7 @@ def check_settings(run: Run) -> None:
     ranges.check(run)
     if not _answered(run) and run.batch % run.microbatches:
         raise UserError(f"batch={run.batch} cannot be cut into microbatches={run.microbatches} equal parts")
+    best_mode(run.best, run.best_mode)
     if run.patience is not None and run.best is None:
         raise UserError("patience needs to know what should get better: set best to a held-out metric, eval/loss say")
     if run.profile and run.steps <= traces.SETTLED:
@@ -340,7 +343,8 @@ class Progress(NamedTuple):
     waited: int = 0  # evaluations since it was found
     done: bool = False
     draws: int = 0  # batches of prompts drawn so far (online)
-    owed: bool = False  # the evaluation of this step is still to come (online): it was cut short
+    owed: Mapping[str, float | None] | None = None  # this step's record, where its evaluation is still to come
+    left_out: int = 0  # steps in a row, up to this one, without an update (on_nan="skip")
 
 
 def resumed(run: Run, step: int, kept: Mapping[str, Any]) -> Progress:
@@ -348,18 +352,19 @@ def resumed(run: Run, step: int, kept: Mapping[str, Any]) -> Progress:
     more steps goes on.
     """
     progress = Progress(**{name: value for name, value in kept.items() if name in Progress._fields})
-    impatient = run.patience is not None and progress.waited >= run.patience
-    return progress._replace(done=progress.done and (step >= run.steps or impatient))
+    return progress._replace(done=progress.done and (step >= run.steps or patient(run, progress)))
 
 
 def rank(run: Run, found: Mapping[str, float | None], progress: Progress) -> tuple[Progress, dict[str, float] | None]:
     """(progress, what ranks this state) after an evaluation that found these metrics; None where nothing ranks."""
     if run.best is None:
         return progress, None
+    if run.best in found and found[run.best] is None:  # not finite: nothing is better by it
+        return progress._replace(waited=progress.waited + 1), None
     value = found.get(run.best)
     if value is None:
         raise UserError(f"best={run.best!r} is not a number of this evaluation: choose one of {sorted(found)}")
-    sign = 1 if run.best_mode == "max" else -1
+    sign = 1 if best_mode(run.best, run.best_mode) == "max" else -1
     if progress.best is None or sign * value > sign * progress.best:
         return progress._replace(best=value, waited=0), {run.best: value}
     return progress._replace(waited=progress.waited + 1), {run.best: value}
@@ -370,6 +375,11 @@ def _finite(value: Any) -> bool:
         return bool(np.isfinite(float(value.value() if isinstance(value, Mean) else value)))
     except (TypeError, ValueError):
         return False
+
+
+def patient(run: Run, progress: Progress) -> bool:
+    """Whether the run has waited long enough for a better `best`; it has not where that was found just now."""
+    return run.patience is not None and progress.waited >= max(1, run.patience)
 
 
 def measure(run: Run, now: policy.Policy, reference: Any, tracker: tracking.Tracker, step: int, phase: str) -> None:

@@ -10,7 +10,9 @@ import contextlib
 import errno
 import json
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -108,6 +110,73 @@ def lossy_screen() -> Iterator[None]:
                 stream.flush()
             if (sys.stdout, sys.stderr) == mine:
                 sys.stdout, sys.stderr = out, err
+
+
+class Stopwatch:
+    """When steps end, and how long they took without the phases in between; read by a thread of its own, since a step
+    ends on the device while the host has begun the next.
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._asked: queue.SimpleQueue[tuple[list[jax.Array], queue.SimpleQueue[float]]] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._answer: queue.SimpleQueue[float] | None = None
+        self._end: float | None = None  # of the step that is expected, where it is known
+        self._before: float | None = None  # of the step before it
+        self._pauses: list[tuple[float, float]] = []
+        self._depth = 0
+
+    def expect(self, results: Any) -> None:
+        """A step is under way that ends when `results` are there."""
+        arrays = [x for x in jax.tree.leaves(results) if hasattr(x, "block_until_ready")]
+        arrays = [x for x in arrays if not getattr(x, "is_ready", bool)()]
+        self._end = None
+        self._answer = answer = queue.SimpleQueue()
+        if not arrays:
+            self._end = self._clock()
+        elif all(isinstance(x, jax.Array) for x in arrays):
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, name="rljax-stopwatch", daemon=True)
+                self._thread.start()
+            self._asked.put((arrays, answer))
+        else:
+            self._answer = None
+
+    def arrive(self) -> None:
+        """Its results are there."""
+        if self._end is None:
+            self._end = self._clock() if self._answer is None else self._answer.get()
+
+    def lap(self) -> tuple[float, float | None]:
+        """(when the step ended, its seconds where it is known when the one before did)"""
+        self.arrive()
+        assert self._end is not None
+        end, before, self._before = self._end, self._before, self._end
+        if before is None:
+            return end, None
+        paused = sum(max(0.0, min(stop, end) - max(start, before)) for start, stop in self._pauses)
+        self._pauses = [pause for pause in self._pauses if pause[1] > end]
+        return end, end - before - paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What does not count; a pause within a pause is a part of it."""
+        start, self._depth = self._clock(), self._depth + 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self._pauses.append((start, self._clock()))
+
+    def _wait(self) -> None:
+        while True:
+            arrays, answer = self._asked.get()
+            with contextlib.suppress(Exception):  # the main thread meets it too
+                jax.block_until_ready(arrays)
+            answer.put(self._clock())
+            del arrays
 
 
 class Line:

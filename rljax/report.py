@@ -54,6 +54,7 @@ def _page(folder: pathlib.Path, sections: Sequence[tuple[str, str]], figures: Se
     pages = plots.draw_curves(metrics, timing) + [(title, figure) for title, figure in figures]
     parts = [
         f"# {escape(folder.resolve().name)}",
+        *(f"**Step {row['step']}.** {escape(row.get('note', ''))}" for row in read_rows(folder / "failures.jsonl")),
         "" if sections and not metrics else _summary(metrics, timing, read_object(folder / "experiment.json")),
         _results(metrics, read_object(folder / "experiment.json")),
         _notes(notes.read(folder)),
@@ -108,6 +109,10 @@ def _summary(metrics: Rows, timing: Rows, experiment: Mapping[str, Any] | None) 
     for name, content in ((experiment or {}).get("contents") or {}).items():
         if isinstance(content, Mapping) and content.get("origin"):
             lines.append(f"**{escape(name)}**: {escape(content['origin'])} (weights {escape(content.get('weights'))}).")
+    skipped = [row["step"] for row in metrics if row.get("updates/skipped")]
+    if skipped:
+        listed = ", ".join(map(str, skipped[:10])) + (" …" if len(skipped) > 10 else "")
+        lines.append(f"**Updates were left out** at {len(skipped)} steps ({listed}), since they were not finite.")
     for name in sorted({name for row in metrics for name in row}):
         steps = [row["step"] for row in metrics if name in row and row[name] is None]
         if steps:

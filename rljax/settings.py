@@ -178,7 +178,7 @@ def check(run: Sampled) -> None:
         raise UserError("importance_cap weighs the trainer's old policy against the sampler's: set old_logps='trainer'")
     if run.kl_target is not None and not (run.kl_reward or run.kl_loss):
         raise UserError(f"kl_target={run.kl_target} adapts a coefficient that is 0: set kl_reward or kl_loss")
-    turn = run.turn_tokens or run.max_completion
+    turn = run.max_completion if run.turn_tokens is None else run.turn_tokens
     if run.min_new_tokens >= turn:
         raise UserError(
             f"min_new_tokens={run.min_new_tokens} leaves no room for an end: set it below the budget of {turn} tokens "

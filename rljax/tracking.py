@@ -25,8 +25,6 @@ import math
 import os
 import pathlib
 import secrets
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -35,14 +33,15 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from rljax import distributed, extras, failures, progress, silence, traces
+from rljax import extras, failures, progress, silence, traces
 from rljax.errors import UserError
 from rljax.manifest import read_json, to_json, write_json, write_manifest
+from rljax.stops import Stop, graceful_stop
 from rljax.types import Mean
 
 __all__ = ["Stop", "Tracker", "graceful_stop", "lock", "read_rows", "truncate_after", "values", "write_manifest"]
 
-FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "evidence.jsonl")
+FILES = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "evidence.jsonl", "failures.jsonl")
 
 
 class Tracker:
@@ -73,15 +72,14 @@ class Tracker:
         self._writes = jax.process_index() == 0
         self._clock, self._start = clock, clock()
         self._pending: tuple[int, dict[str, Any], Any] | None = None
-        self._taken: int | None = None  # where a record that was taken back begins in metrics.jsonl
         self._last_step = -1 if resumed is None else resumed
-        self._mark: float | None = None  # when the step before was finished; None while that is not known
-        self._paused = 0.0
         self._silence = silence.Silence(total_steps) if resumed is None else None
+        self._seconds = progress.Stopwatch(clock)
         peak = progress.peak_flops()
         self._flops = flops_per_token / (peak * jax.device_count()) if flops_per_token and peak else None
         self.line = progress.Line(total_steps, shown=shown, quiet=not self._writes, console=console, clock=clock)
-        self._board, self._wandb, self._files = None, None, {}
+        self._board, self._wandb, self._files, self._stable = None, None, {}, False
+        self._lost: Exception | None = None  # once a record could not be written, nothing more is saved
         self._trace = traces.Trace(self.folder / "tensorboard", profile if self._writes else 0)
         if self._writes:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,6 +88,8 @@ class Tracker:
             self._wandb = _open_wandb(self.folder, wandb, config) if wandb is not None else None
             self._board = _open_board(self.folder / "tensorboard", self._last_step + 1) if tensorboard else None
             self._files = {n: (self.folder / n).open("a", buffering=1, encoding="utf-8") for n in FILES}
+            here, there = (self._files["metrics.jsonl"].fileno(), self.folder / "metrics.jsonl")
+            self._stable = os.path.samestat(os.fstat(here), there.stat())  # not on every file system
 
     def __enter__(self) -> Tracker:
         return self
@@ -112,6 +112,8 @@ class Tracker:
             self._write_pending()
         if step <= self._last_step:
             raise UserError(f"Step {step} was logged already: the last one written is {self._last_step}")
+        if self._pending is None and self._writes:
+            self._seconds.expect(named)
         if self._pending is None and prefix == "" and self._trace.step(named):
             self.status(f"traced: tensorboard --logdir {self._trace.folder} (Profile)")
         _, before, counted = self._pending or (step, {}, None)
@@ -124,37 +126,71 @@ class Tracker:
                     leaf.copy_to_host_async()
         self._pending = (step, before | named, tokens if counted is None else counted + (tokens or 0))
 
-    def take_back(self, step: int) -> None:
-        """Go on with the record of `step`, the last one: what is logged of that step yet becomes a part of it.
+    def hold(self) -> dict[str, float | None]:
+        """Wait for the last step and bring all records before it to the disk; its own, which stays open. A checkpoint
+        that is saved before the step is evaluated keeps it, for `take_back`.
+        """
+        assert self._pending is not None
+        self._sync()
+        return values(self._pending[1])
+
+    def take_back(self, step: int, record: Mapping[str, float | None]) -> None:
+        """Go on with the record of `step`, as `hold` gave it: what is logged of that step becomes a part of it.
 
         What an evaluation that was cut short has left of it is dropped: its metrics and its samples.
         """
         self._last_step = step - 1
-        if not self._writes:
-            return
-        truncate_after(self.folder / "samples.jsonl", step - 1)
-        records = [(row, end) for row, end in _rows(self.folder / "metrics.jsonl") if row["step"] <= step]
-        if records and records[-1][0]["step"] == step:
-            before = {name: math.nan if value is None else value for name, value in records[-1][0].items()}
-            before = {name: v for name, v in before.items() if name != "step" and not name.startswith("eval/")}
-            self._pending = (step, before, None)
-            self._taken = records[-2][1] if len(records) > 1 else 0
+        for name in ("metrics.jsonl", "samples.jsonl", "failures.jsonl") if self._writes else ():
+            truncate_after(self.folder / name, step - 1)
+        self._seconds.expect(())
+        self._pending = (step, {name: math.nan if value is None else value for name, value in record.items()}, None)
 
     def flush(self) -> None:
         """Wait for the last step's metrics and bring everything to the disk; call it before saving a checkpoint."""
         self._write_pending()
+        self._sync()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        try:
+            self._files[name].write(to_json(record) + "\n")
+        except OSError as error:  # half of it may stand there, and nothing must come after that
+            self._lost = error
+            raise
+
+    def _sync(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+        self._see_folder()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
         if self._board is not None:
             self._board.flush()
 
+    def _see_folder(self) -> None:
+        """UserError where the folder is gone: what is written from here on would be lost, or stand in another one."""
+        file = self._files.get("metrics.jsonl")
+        if file is None:
+            return
+        here, path = os.fstat(file.fileno()), self.folder / "metrics.jsonl"
+        if path.exists() and here.st_nlink and (not self._stable or os.path.samestat(here, path.stat())):
+            return
+        for other in self._files.values():
+            other.close()
+        self._files, self._pending, self._board = {}, None, None
+        self._lost = UserError(
+            f"{self.folder} was deleted, renamed or replaced while the run wrote to it: the run ends after step "
+            f"{self._last_step}, and what was not saved before is lost. Where the folder was renamed, give it its name "
+            "back, and run again: the run goes on from its last checkpoint."
+        )
+        raise self._lost
+
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]], *, show: int = 3, title: str = "") -> None:
         """Append rows ("prompt", "completion", "reward", "phase", … as there are); print the first `show` of them."""
         if not self._writes:
             return
         for row in rows:
-            self._files["samples.jsonl"].write(to_json({"step": step, **row}) + "\n")
+            self._append("samples.jsonl", {"step": step, **row})
         if show and rows:
             self.line.samples(rows[:show], title=title or f"step {step}")
 
@@ -162,7 +198,13 @@ class Tracker:
         """Append what a step did to single tokens (see evidence.py)."""
         if self._writes:
             for row in rows:
-                self._files["evidence.jsonl"].write(to_json({"step": step, **row}) + "\n")
+                self._append("evidence.jsonl", {"step": step, **row})
+
+    def note(self, step: int, text: str) -> None:
+        """Say something that went wrong and that the report says as well."""
+        if self._writes and self._lost is None:
+            self._append("failures.jsonl", {"step": step, "note": text})
+        self.status(text)
 
     def status(self, text: str) -> None:
         self.line.status(text)
@@ -172,24 +214,26 @@ class Tracker:
         """Something that does not count in the throughput (evaluation, compilation, saving); announced with its
         seconds if it has a text. What is logged inside is a part of it, and waited for."""
         self._settle()  # else the phase waits for the step, and takes its seconds away
-        start = self._clock()
-        try:
-            with contextlib.nullcontext() if text is None else self.line.phase(text):
-                yield
-                self._settle()  # else the step has the seconds of its evaluation
-        finally:
-            self._paused += self._clock() - start
+        with self._seconds.pause(), contextlib.nullcontext() if text is None else self.line.phase(text):
+            yield
+            self._settle()  # else the next step has the seconds of its evaluation
 
     def _settle(self) -> None:
         if self._pending is not None:
             jax.block_until_ready(self._pending[1])
+            self._seconds.arrive()
 
     def close(self) -> None:
         self._trace.close()
-        self.flush()
+        if self._lost is None:
+            self.flush()
         self.line.close()
         for file in self._files.values():
-            file.close()
+            try:
+                file.close()
+            except OSError:
+                if self._lost is None:
+                    raise
         self._files = {}
         if self._board is not None:
             self._board.close()
@@ -205,12 +249,10 @@ class Tracker:
         if not self._writes:
             return
         found = values(metrics)
-        if self._taken is not None:
-            os.truncate(self.folder / "metrics.jsonl", self._taken)
-            self._taken = None
+        self._see_folder()
         timing = self._timing(None if tokens is None else int(tokens))
-        self._files["metrics.jsonl"].write(to_json({"step": step, **found}) + "\n")
-        self._files["timing.jsonl"].write(to_json({"step": step, **timing}) + "\n")
+        self._append("metrics.jsonl", {"step": step, **found})
+        self._append("timing.jsonl", {"step": step, **timing})
         scalars = {name: value for name, value in found.items() if value is not None}
         scalars |= {f"timing/{name}": value for name, value in timing.items() if name != "time"}
         if self._board is not None:
@@ -223,16 +265,15 @@ class Tracker:
             self.status(text)
 
     def _timing(self, tokens: int | None) -> dict[str, float]:
-        """Seconds since the record before was complete, phases left out; none for the first, which waits to compile."""
-        now = self._clock()
-        timing = {"time": round(now - self._start, 3)}
-        if self._mark is not None and (seconds := now - self._mark - self._paused) > 0:
+        """Seconds from the end of the step before to that of this one, phases left out; none for the first."""
+        done, seconds = self._seconds.lap()
+        timing = {"time": round(done - self._start, 3)}
+        if seconds is not None and seconds > 0:
             timing["seconds"] = round(seconds, 6)
             if tokens:
                 timing["tokens_per_second"] = round(tokens / seconds, 3)
                 if self._flops is not None:
                     timing["mfu"] = round(tokens / seconds * self._flops, 6)
-        self._mark, self._paused = now, 0.0
         return timing
 
 
@@ -361,60 +402,3 @@ def lock(folder: str | os.PathLike[str]) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
-
-
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-class Stop:
-    """`requested`: the name of the signal that came, or None."""
-
-    requested: str | None = None
-
-    def __init__(self, agreement: Callable[[int, str | None], str | None]):
-        self._agreement = agreement
-
-    def agreed(self, step: int) -> str | None:
-        """`requested`, alike on all processes after this step; each asks after every step."""
-        found = self._agreement(step, self.requested)
-        self.requested = found or self.requested
-        return found
-
-
-@contextlib.contextmanager
-def graceful_stop() -> Iterator[Stop]:
-    """Ctrl-C, SIGTERM (preemption), SIGHUP (the terminal was closed) and SIGQUIT set `stop.requested`, which the loop
-    polls; a second one is a KeyboardInterrupt, but for SIGHUP, which a shell that ends sends twice. A SIGHUP that is
-    ignored (nohup) stays ignored.
-
-    The handlers of before come back at the end. Python handles signals in the main thread: elsewhere this does nothing.
-    """
-    with distributed.agreement() as agreement:
-        yield from _graceful(Stop(agreement))
-
-
-def _graceful(stop: Stop) -> Iterator[Stop]:
-    def handle(number: int, _: Any) -> None:
-        name = signal.Signals(number).name
-        if stop.requested is not None and number == signal.SIGHUP:
-            return
-        if stop.requested is not None:
-            raise KeyboardInterrupt(f"{name} after {stop.requested}")
-        stop.requested = name
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            said = f"\n{name}: saving after this step, then leaving (once more: leaving at once, unsaved)\n"
-            os.write(2, said.encode())
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in STOPS}
-    if before[signal.SIGHUP] == signal.SIG_IGN:
-        del before[signal.SIGHUP]
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,23 @@ from jax import Array
 
 from rljax.errors import UserError
 from rljax.sharding import in_device_memory
-from rljax.types import LossFn, Mean, Metrics, Params, TrainState
+from rljax.types import LossFn, Mean, Metrics, Params, TrainState, pytree
 
 Update = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+OnNan = Literal["stop", "skip"]
+FAULTS = "faults"  # the entry of an update's metrics that is no metric
+
+
+@pytree
+class Faults:
+    """Where updates met what is not finite; of several updates the sum, as with a `Mean`."""
+
+    updates: Array  # f32[]; how many were made or left out
+    left_out: Array  # f32[]; how many were left out
+    leaves: Array  # f32[1 + 2n]; in how many it was the loss, the gradient of each of n leaves, the weights of each
+
+    def __add__(self, other: Faults) -> Faults:
+        return jax.tree.map(jnp.add, self, other)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -61,6 +75,7 @@ def make_update(
     *,
     shardings: TrainState | None = None,
     microbatches: int = 1,
+    on_nan: OnNan | None = None,
 ) -> Update:
     """(state, batch) -> (state, metrics): one optimizer step, jitted; the given state is donated (do not use it again).
 
@@ -69,18 +84,30 @@ def make_update(
     shardings: a TrainState of NamedShardings (from `sharding.shardings`); None leaves placement to the arguments.
     microbatches: the batch is cut along axis 0 into this many pieces whose sums are added one after the other; the
       result is the same up to the order of float additions, the memory of activations is that of one piece.
+    on_nan: see `update_step`.
     metrics: those of the loss_fn, `loss` and `grad_norm` (before any clipping by the optimizer), as Mean.
     """
-    update = update_step(loss_fn, optimizer, microbatches=microbatches)
+    update = update_step(loss_fn, optimizer, microbatches=microbatches, on_nan=on_nan)
     if shardings is None:
         return jax.jit(update, donate_argnums=0)
     return jax.jit(update, donate_argnums=0, in_shardings=(shardings, None), out_shardings=(shardings, None))
 
 
 def update_step(
-    loss_fn: LossFn, optimizer: optax.GradientTransformation, *, microbatches: int = 1, together: int = 1
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    microbatches: int = 1,
+    together: int = 1,
+    on_nan: OnNan | None = None,
 ) -> Update:
-    """`make_update` before `jit`: for use inside a larger compiled function."""
+    """`make_update` before `jit`: for use inside a larger compiled function.
+
+    on_nan: an update whose loss or gradient is not finite leaves parameters and optimizer as they were, its count too,
+      and the metrics have an entry `FAULTS` that says so (a `Faults`). With "skip" so does one after which weights
+      would not be finite: its old and new weights are then alive at once. "stop" only tells of those. None: every
+      update is made, and nothing is said.
+    """
     if microbatches < 1:
         raise UserError(f"microbatches must be at least 1, got {microbatches}")
 
@@ -94,16 +121,41 @@ def update_step(
             params: Any = optax.apply_updates(weights, updates)
             params = rounded(params, state.params, jax.random.fold_in(jax.random.key(0), state.step))
         # Nothing to learn from (no token is trained): momentum and weight decay must not move the weights either.
+        learns, wrong, broken = loss.weight != 0, _wrong(loss, grads), None
+        if on_nan is not None:
+            learns &= ~wrong.any()
+        if on_nan == "skip":
+            broken = _broken(params)
+            learns &= ~broken.any()
         params, opt_state = jax.tree.map(
-            functools.partial(jnp.where, loss.weight != 0), (params, opt_state), (state.params, state.opt_state)
+            functools.partial(jnp.where, learns), (params, opt_state), (state.params, state.opt_state)
         )
         norm = Mean(total=optax.tree.norm(grads), weight=jnp.ones(()))
-        return (
-            TrainState(step=state.step + 1, params=params, opt_state=opt_state),
-            {**metrics, "loss": loss, "grad_norm": norm},
-        )
+        found: Metrics = {**metrics, "loss": loss, "grad_norm": norm}
+        if on_nan is not None:
+            broken = _broken(params) if broken is None else broken
+            found |= {FAULTS: _faults(wrong, broken, left_out=(loss.weight != 0) & ~learns)}  # pyright: ignore
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), found
 
     return update
+
+
+def _wrong(loss: Mean, grads: Params) -> Array:
+    """bool[1 + n]: whether the loss is not finite, and which leaves of the gradient are not. Their norms are those that
+    the norm of the whole is made of, so nothing is computed twice.
+    """
+    norms = [optax.tree.norm(g) for g in jax.tree.leaves(grads)]
+    return ~jnp.isfinite(jnp.stack([x.astype(jnp.float32) for x in (loss.value(), *norms)]))
+
+
+def _broken(params: Any) -> Array:
+    """bool[n]: which leaves of the weights are not finite."""
+    return jnp.stack([~jnp.isfinite(x).all() for x in jax.tree.leaves(params)])
+
+
+def _faults(wrong: Array, broken: Array, *, left_out: Array) -> Faults:
+    leaves = jnp.concatenate([wrong, broken]).astype(jnp.float32)
+    return Faults(updates=jnp.ones(()), left_out=left_out.astype(jnp.float32), leaves=leaves)
 
 
 def epochs_step(
@@ -148,7 +200,7 @@ def epochs_step(
                 state, metrics = counted(state, piece)
                 return (state, add_metrics(sums, metrics), going), None
             state, metrics = jax.lax.cond(going, counted, lambda state, _: (state, zeros), state, piece)
-            going &= metrics["policy/approxkl_avg"].value() <= target_kl
+            going &= ~(metrics["policy/approxkl_avg"].value() > target_kl)  # one that was left out may have none
             return (state, add_metrics(sums, metrics), going), None
 
         start = (state, zeros, jnp.ones((), bool))

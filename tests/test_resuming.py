@@ -166,6 +166,7 @@ OTHER = {  # another value of every field that has a row of its own
     "evidence": 1,
     "reward_timeout": 1.0,
     "max_rounds": 3,
+    "on_nan": "skip",
     "accept_changes": "seed",
     "mesh": functools.partial(sharding.make_mesh, fsdp=1),
     "microbatches": 2,

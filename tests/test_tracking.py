@@ -127,7 +127,7 @@ def test_throughput_leaves_phases_and_the_first_step_out(tmp_path, monkeypatch):
             with tracker.phase("evaluating"):
                 clock.now += 50
     timing = tracking.read_rows(tmp_path / "timing.jsonl")
-    assert timing[0] == {"step": 1, "time": 32.0}
+    assert timing[0] == {"step": 1, "time": 30.0}
     assert timing[1]["seconds"] == pytest.approx(2)
     assert timing[1]["tokens_per_second"] == pytest.approx(50)
     assert timing[1]["mfu"] == pytest.approx(50 * 16 / (1000 * jax.device_count()))
@@ -170,6 +170,31 @@ def test_a_step_does_not_take_the_seconds_of_its_evaluation(tmp_path):
             tracker.log(2, {"loss": OnItsWay(clock, 30.0)}, prefix="eval/")  # begun, and not waited for
     _, last = tracking.read_rows(tmp_path / "timing.jsonl")
     assert last["seconds"] == pytest.approx(2)
+
+
+def test_steps_end_when_the_device_is_done_and_not_when_the_host_looks(tmp_path):
+    """Online, the host rewards of a step are awaited before it is logged, and the update of the one before runs
+    meanwhile: each step has its own seconds, at an evaluation and at the end too.
+    """
+    clock, done = Clock(), []
+
+    watch = progress.Stopwatch(clock)
+    for step in range(1, 5):
+        clock.now += 3  # sampling and judging
+        arrays = OnItsWay(clock, 1.0)  # then the update
+        watch.expect([arrays])
+        if step % 2 == 0:
+            arrays.block_until_ready()
+            watch.arrive()
+            with watch.pause():
+                clock.now += 50
+                with watch.pause():
+                    clock.now += 5
+        else:
+            clock.now += 1
+            watch.arrive()
+        done.append(watch.lap()[1])
+    assert done == [None, pytest.approx(4), pytest.approx(4), pytest.approx(4)]
 
 
 def test_plain_progress_lines_come_every_ten_seconds(tmp_path):
@@ -409,6 +434,36 @@ def test_every_metric_is_defined_in_one_line():
         assert definition.better in ("", "higher", "lower"), name
     assert metrics.define("eval/rewards/margins").text.endswith("held-out data")
     assert metrics.define("mine") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("eval/loss", "min"),
+        ("eval/nll_loss", "min"),
+        ("eval/perplexity", "min"),
+        ("eval/kl", "min"),
+        ("eval/my_error_rate", "min"),
+        ("eval/accuracy", "max"),
+        ("eval/rewards/accuracies", "max"),
+        ("eval/rewards/margins", "max"),
+        ("eval/reward", "max"),
+        ("eval/rewards/vowels/mean", "max"),
+        ("eval/win_rate", "max"),
+    ],
+)
+def test_the_name_of_a_metric_says_which_way_it_gets_better(name, way):
+    assert metrics.best_mode(name) == way
+    assert metrics.best_mode(name, "max") == "max"
+    assert metrics.best_mode(name, "min") == "min"
+
+
+@pytest.mark.parametrize("name", ["eval/length", "eval/rewards/kl/mean", "eval/loss_of_reward"])
+def test_a_name_that_does_not_say_it_is_refused(name):
+    with pytest.raises(ValueError, match="--best-mode min"):
+        metrics.best_mode(name)
+    assert metrics.best_mode(name, "min") == "min"
+    assert metrics.best_mode(None) == "max"
 
 
 def test_numbers_are_short():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from rljax import losses, models, objectives, sharding, train, views
+from rljax import finite, losses, models, objectives, sharding, train, views
 from rljax.filters import Sampling
 from rljax.types import Mean, TrainState
 from tests import tiny
@@ -435,3 +436,113 @@ def test_moments_and_averages_of_bfloat16_weights_are_float32():
     assert kinds == {jnp.dtype(jnp.float32)}
     average = train.average_weights(train.wide(params), {"w": jnp.full(3, 1.5, jnp.bfloat16)}, decay=0.999)
     np.testing.assert_allclose(average["w"], 1.0005, rtol=1e-6)
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+WEIGHTS = {"a": np.ones(2, np.float32), "b": np.full(3, 2.0, np.float32)}
+
+
+def faulty(params, batch):
+    """A loss of which the batch says what is wrong with it."""
+    wrong = batch["wrong"].sum()  # 0: nothing, 1: the loss, 2: the gradient of b alone
+    total = (params["a"] ** 2).sum() + jnp.where(wrong == 1, jnp.nan, 0.0)
+    total += (params["b"] ** 2 + jnp.sqrt(jnp.where(wrong == 2, params["b"] * 0, 1.0))).sum()  # a slope of ∞ · 0
+    return Mean(total=total, weight=batch["rows"].sum()), {}
+
+
+def wrong(kind: float, rows: int = 4):
+    return {"wrong": jnp.zeros(rows).at[0].set(kind), "rows": jnp.ones(rows)}
+
+
+def breaking(learning_rate=0.1):
+    """An optimizer whose second update divides by zero, as Adam's ε does in float16."""
+
+    def update(grads, count, params=None):
+        return jax.tree.map(lambda g: -learning_rate * g / jnp.where(count == 1, 0.0, 1.0) * 0, grads), count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("rule", ["stop", "skip"])
+def test_an_update_that_meets_what_is_not_finite_is_left_out_and_says_where(rule, microbatches):
+    update = train.make_update(faulty, OPTIMIZER, microbatches=microbatches, on_nan=rule)
+    plain = train.make_update(faulty, OPTIMIZER, microbatches=microbatches)
+    state, same = (train.init_state(WEIGHTS, OPTIMIZER) for _ in range(2))
+    for kind, expected in ((0, []), (1, [0]), (2, [2]), (0, [])):
+        before = jax.tree.map(np.asarray, (state.params, state.opt_state))
+        state, metrics = update(state, wrong(kind))
+        faults = metrics.pop(train.FAULTS)
+        assert np.flatnonzero(faults.leaves)[: len(expected)].tolist() == expected
+        assert (float(faults.updates), float(faults.left_out)) == (1.0, float(bool(expected)))
+        if expected:
+            jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+            same = dataclasses.replace(same, step=same.step + 1)
+        else:
+            same, other = plain(same, wrong(kind))
+            assert values(metrics) == values(other)
+    jax.tree.map(np.testing.assert_array_equal, state, same)  # the optimizer's count as well
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("rule", ["stop", "skip"])
+def test_weights_that_would_not_be_finite(rule):
+    optimizer = breaking()
+    update = train.make_update(faulty, optimizer, on_nan=rule)
+    state, _ = update(train.init_state(WEIGHTS, optimizer), wrong(0))
+    state, metrics = update(state, wrong(0))
+    faults = metrics[train.FAULTS]
+    assert np.flatnonzero(faults.leaves).tolist() == [3, 4]  # the weights of a and b; loss and gradient are well
+    assert float(faults.left_out) == float(rule == "skip")
+    assert bool(np.isfinite(state.params["a"]).all()) == (rule == "skip")
+
+
+def test_a_minibatch_that_is_left_out_does_not_end_the_others():
+    """Its KL, which is not finite either, is not above the target."""
+
+    def loss(params, batch):
+        total, metrics = faulty(params, batch)
+        return total, {**metrics, "policy/approxkl_avg": Mean(total=total.total * 0, weight=jnp.ones(()))}
+
+    step = train.epochs_step(train.update_step(loss, OPTIMIZER, on_nan="stop"), epochs=2, minibatches=2, target_kl=0.1)
+    state, metrics = jax.jit(step)(train.init_state(WEIGHTS, OPTIMIZER), wrong(1), jax.random.key(0))
+    faults = metrics[train.FAULTS]
+    assert (float(faults.updates), float(faults.left_out)) == (4.0, 2.0)  # one row of four, in one of two minibatches
+    assert faults.leaves.tolist() == [2.0, 0.0, 0.0, 0.0, 0.0]
+    assert np.isfinite(state.params["a"]).all()
+
+
+@pytest.mark.parametrize("rule", ["stop", "skip"])
+def test_the_watch_reads_one_step_late_and_says_step_and_leaf(rule):
+    def faults(*leaves, left_out=1.0):
+        flags = np.zeros(5, np.float32)
+        flags[list(leaves)] = 1.0
+        return {train.FAULTS: train.Faults(updates=np.float32(1), left_out=np.float32(left_out), leaves=flags)}
+
+    watch = finite.Watch(rule, WEIGHTS, total=40, in_a_row=0, latest=lambda: 6)
+    good = {"loss": Mean(total=1.0, weight=1.0)}
+    logged = watch.take(7, good | faults(left_out=0.0))
+    assert set(logged) == ({"loss", "updates/skipped"} if rule == "skip" else {"loss"})
+    watch.take(8, good | faults(2, 4))
+    watch.check()  # step 7, which is well
+    if rule == "stop":
+        watch.take(9, good | faults(left_out=0.0))
+        with pytest.raises(finite.NotFiniteError) as error:
+            watch.check()
+        said = (
+            "step 8: the gradient of b and the weights b are not finite. .* the checkpoint of step 6 is the last good"
+        )
+        assert re.match(said, str(error.value))
+        return
+    for step in range(9, 17):
+        watch.take(step, good | faults(0, 1, 2))
+    watch.settle()
+    assert watch.in_a_row == 9
+    watch.take(17, good | faults(0))
+    with pytest.raises(finite.NotFiniteError, match=r"step 17: the loss is not finite, and the last 10 steps") as error:
+        watch.settle()
+    assert error.value.good
+    watch.take(18, good | faults(left_out=0.0))
+    watch.settle()
+    assert watch.in_a_row == 0

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -77,7 +77,7 @@ class Batches:
         return self.make(indices(self.n, batch=self.batch, seed=self.seed, step=step, here=self.here))
 
 
-def prefetch(function: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[tuple[int, T]]:
+def prefetch(function: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Generator[tuple[int, T]]:
     """Yield (step, function(step)) for start..stop, computed in a thread up to `ahead` steps before they are asked for.
 
     An exception of `function` is raised here, at its step. Leaving the loop early (break, an exception, Ctrl-C) stops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import collections
 import difflib
+import functools
 import gzip
 import json
 import mmap
@@ -14,7 +15,7 @@ import re
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ from rljax import extras
 from rljax.data.rows import Row, Rows, concatenate, in_memory, shown
 from rljax.errors import UserError
 
+FILES = 64  # of JSON lines that are open at a time
 GROUP_CACHE_BYTES = 2**30  # of decoded Parquet row groups kept in memory, per file
+CHUNK = 2**20  # bytes that are looked through at a time
 IN_MEMORY = 2**26  # bytes of an unpacked .gz; a larger one is unpacked into a file
 MESSAGES = ("messages", "prompt", "chosen", "rejected", "completion", "tool_calls", "tools")
 LONGEST_LINE = 2**28  # bytes of JSON in one row
@@ -132,9 +135,15 @@ def _chosen(path: pathlib.Path, split: str) -> list[pathlib.Path]:
 
 
 def _jsonl(path: pathlib.Path) -> Rows:
-    """Lines found by their byte offsets; the file is mapped, not read (a .gz is unpacked into memory)."""
-    data = _bytes(path)
-    starts, ends, numbers = _lines(data)
+    """Lines found by their byte offsets and read when they are asked for (a .gz is unpacked first)."""
+    if path.name.endswith(".gz"):
+        data = _unpacked(path)
+        chunks, read = (data[at : at + CHUNK] for at in range(0, len(data), CHUNK)), data.__getitem__
+        starts, ends, numbers = _lines(chunks)
+    else:
+        with path.open("rb") as file:
+            starts, ends, numbers = _lines(iter(lambda: file.read(CHUNK), b""))
+            read = _reads(path, os.fstat(file.fileno()))
 
     def where(i: int) -> str:
         return f"{path.name}:{numbers[i]}"
@@ -142,7 +151,9 @@ def _jsonl(path: pathlib.Path) -> Rows:
     def parse(i: int) -> Row:
         if ends[i] - starts[i] > LONGEST_LINE:
             raise UserError(f"{where(i)}: a line of {ends[i] - starts[i]:,} bytes: a row must fit in {LONGEST_LINE:,}")
-        line = data[int(starts[i]) : int(ends[i])]
+        start, end = int(starts[i]), int(ends[i])
+        if len(line := read(slice(start, end))) < end - start:
+            raise UserError(_changed(where(i), path))
         try:
             row = json.loads(line.decode("utf-8-sig" if numbers[i] == 1 else "utf-8"))
         except json.JSONDecodeError as error:
@@ -162,13 +173,41 @@ def _too_much(error: Exception) -> str:
     return "a value is nested too deeply to be read" if isinstance(error, RecursionError) else str(error)
 
 
-def _bytes(path: pathlib.Path) -> bytes | mmap.mmap:
-    if path.name.endswith(".gz"):
-        return _unpacked(path)
-    if not path.stat().st_size:
-        return b""
-    with path.open("rb") as file:  # the mapping outlives the open file
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+class _File:
+    """An open file, closed when nobody has it any more."""
+
+    def __init__(self, path: pathlib.Path):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+@functools.lru_cache(maxsize=FILES)
+def _opened(path: pathlib.Path, device: int, inode: int) -> _File:
+    """A file that was looked at before; it may have been replaced since."""
+    file = _File(path)
+    now = os.fstat(file.number)
+    if (now.st_dev, now.st_ino) != (device, inode):
+        raise UserError(_changed(path.name, path))
+    return file
+
+
+def _reads(path: pathlib.Path, then: os.stat_result) -> Callable[[slice], bytes]:
+    """Reads pieces of a file. Mapped into memory, one that becomes shorter would end the process."""
+
+    def read(piece: slice) -> bytes:
+        try:
+            return os.pread(_opened(path, then.st_dev, then.st_ino).number, piece.stop - piece.start, piece.start)
+        except OSError as error:
+            raise UserError(f"{_changed(path.name, path)} ({error})") from error
+
+    return read
+
+
+def _changed(where: str, path: pathlib.Path) -> str:
+    return f"{where}: {path} is not what it was when it was opened: put it back as it was, and run again"
 
 
 def _unpacked(path: pathlib.Path) -> bytes | mmap.mmap:
@@ -193,17 +232,20 @@ def _unpacked(path: pathlib.Path) -> bytes | mmap.mmap:
         return mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _lines(data: bytes | mmap.mmap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _lines(chunks: Iterable[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Start, end and number (from 1) of every line that is not blank, i64 each."""
-    found = array.array("q")
-    start, number, size = 0, 0, len(data)
-    while start < size:
-        number += 1
-        end = data.find(b"\n", start)
-        end = size if end < 0 else end
-        if end - start > 64 or data[start:end].strip():
-            found.extend((start, end, number))
-        start = end + 1
+    found, blank = array.array("q"), True
+    start, number, at = 0, 0, 0
+    for chunk in chunks:
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            blank, number = blank and not chunk[begin:end].strip(), number + 1
+            if not blank:
+                found.extend((start, at + end, number))
+            start, begin, blank = at + end + 1, end + 1, True
+        blank, at = blank and not chunk[begin:].strip(), at + len(chunk)
+    if not blank:
+        found.extend((start, at, number + 1))
     starts, ends, numbers = np.frombuffer(found, np.int64).reshape(-1, 3).T
     return starts, ends, numbers
 
@@ -231,17 +273,16 @@ def _parquet(path: pathlib.Path) -> Rows:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        meta = pyarrow.parquet.read_metadata(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path.name}: not a readable Parquet file ({error})") from error
-    meta = file.metadata
     starts = np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
     lock, groups = threading.Lock(), collections.OrderedDict()
 
     def group(g: int) -> Any:
         with lock:
             if g not in groups:
-                groups[g] = _row_group(file, g, path.name)
+                groups[g] = _row_group(path, meta, g)
                 while len(groups) > 1 and sum(table.nbytes for table in groups.values()) > GROUP_CACHE_BYTES:
                     groups.popitem(last=False)
             groups.move_to_end(g)
@@ -261,15 +302,19 @@ def _parquet(path: pathlib.Path) -> Rows:
     return Rows(parse, int(starts[-1]), lambda i: f"{path.name}[{i}]")
 
 
-def _row_group(file: Any, number: int, name: str) -> Any:
+def _row_group(path: pathlib.Path, meta: Any, number: int) -> Any:
+    """Read, not mapped: a mapped file that becomes shorter would end the process."""
     import pyarrow
+    import pyarrow.parquet
 
     try:
-        return file.read_row_group(number)
+        with pyarrow.parquet.ParquetFile(path, metadata=meta) as file:
+            return file.read_row_group(number)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{name}: row group {number} cannot be read ({error}): the file is damaged, fetch it again"
-        ) from (error)
+            f"{path.name}: row group {number} cannot be read ({error}): the file is damaged, or {path} is not what it "
+            "was when it was opened: fetch it again"
+        ) from error
 
 
 def _scalar(column: Any) -> Any:

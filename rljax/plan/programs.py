@@ -96,7 +96,8 @@ def _offline(run: Any, mesh: Mesh, start: policy.Policy) -> Programs:
         batch = dataclasses.replace(batch, kl=whole)
     state = placed(jax.eval_shape(lambda params: train.init_state(params, optimizer), params), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = train.make_update(loss_fn, optimizer, shardings=shardings, microbatches=run.microbatches)
+    more: Any = {"microbatches": run.microbatches, "on_nan": run.on_nan}
+    update = train.make_update(loss_fn, optimizer, shardings=shardings, **more)
     found = [Program("update", update, (state, batch))]
     if isinstance(run, offline.Preference) and run.reference and not run.cache_reference:
         found.insert(0, _fresh_reference(run, mesh, start, batch))
@@ -173,7 +174,7 @@ def _online(run: settings.Sampled, mesh: Mesh, start: policy.Policy) -> Programs
     ema = getattr(run, "ema", None) is not None
     learner = placed(jax.eval_shape(lambda p: iteration.init_learner(p, optimizer, ema=ema), method.params), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, learner)
-    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn)
+    parts = iteration.build(run, start.model, method, optimizer, asked, settings=drawn, on_nan=run.on_nan)
     width = -(-run.max_prompt // policy.BUCKET) * policy.BUCKET
     base = start.params if method.reference else None
     params = rewards.device_params(asked)

@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from rljax import data
+from rljax.data import sources
 
 ROWS = [{"prompt": f"p{i} 🙂 café", "chosen": f"c{i}\r\n", "rejected": "", "n": i} for i in range(7)]
 
@@ -232,3 +233,34 @@ def test_hugging_face_without_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with fails('pip install "datasets'):
         data.read("hf:me/things")
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_a_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path, name, cut):
+    """Mapped into memory it would be a SIGBUS, or a thread that never ends."""
+    path = tmp_path / name
+    if name == "rows.jsonl":
+        jsonl(path)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=2)
+    rows = data.read(path)
+    assert rows[1] == ROWS[1]
+    with path.open("r+b") as file:
+        file.truncate(cut)
+    with fails(f"{path} is not what it was when it was opened"):
+        list(rows[4:])
+
+
+def test_a_file_that_is_appended_to_or_replaced_is_read_as_it_was(tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl")
+    rows = data.read(path)
+    assert rows[0] == ROWS[0]
+    with path.open("a") as file:
+        file.write(json.dumps({"prompt": "new"}) + "\n")
+    assert list(rows) == ROWS
+    jsonl(tmp_path / "other.jsonl", ROWS[::-1]).replace(path)
+    assert list(rows) == ROWS  # it is still open
+    sources._opened.cache_clear()
+    with fails("rows.jsonl: "):
+        list(rows)
