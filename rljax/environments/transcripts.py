@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -129,7 +129,7 @@ def _begin(transcript: Transcript, tokenizer: Any, max_prompt: int, vocab: int) 
     told = told[-(max_prompt - 1) :] if max_prompt > 1 else []
     room = max_prompt - len(told)
     if isinstance(prompt, str | list):
-        ids = prompt_ids(prompt, tokenizer, max_prompt=room)
+        ids = prompt_ids(cast(Any, prompt), tokenizer, max_prompt=room)
     else:
         ids = _plain(prompt, tokenizer, vocab)[-room:]
     if not len(ids) + len(told):
