@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import signal
 import threading
 import types
@@ -429,15 +430,19 @@ def test_a_jax_reward_that_is_not_finite_stops_the_run_after_saving(settings, tm
 
     def experiment(name, bad):
         reward = rewards.on_device(small_ids, params={"bad": jnp.asarray(bad, jnp.float32)})
-        return presets.grpo(**settings(tmp_path / name) | {"group": 2, "reward": reward})
+        return presets.grpo(
+            **settings(tmp_path / name) | {"group": 2, "reward": reward, "evidence": 99, "eval_every": 1}
+        )
 
     assert online.run(experiment("whole", -1.0)) == 0
-    rows = tracking.read_rows(tmp_path / "whole" / "run" / "evidence.jsonl")
-    bad = next(row["score"] for row in rows if (row["step"], row["row"]) == (4, 1))
-    with pytest.raises(rewards.RewardError, match=r"the reward small_ids failed in row 1: it returned nan.*Once there"):
-        online.run(experiment("failed", bad))
+    rows = tracking.read_rows(tmp_path / "whole" / "run" / "evidence.jsonl")  # of every row of every step
+    new = [row for i, row in enumerate(rows) if row["score"] not in {other["score"] for other in rows[:i]}]
+    bad = next(row for row in new if row["step"] == 4 and row["row"] > 0)
+    said = rf"the reward small_ids failed in row {bad['row']}: it returned nan.*{re.escape(bad['prompt'][:10])}"
+    with pytest.raises(rewards.RewardError, match=said):
+        online.run(experiment("failed", bad["score"]))
     assert [p.name for p in (tmp_path / "failed" / "run" / "checkpoints").iterdir()] == ["3"]
-    assert online.run(experiment("failed", -1.0)) == 0
+    assert online.run(dataclasses.replace(experiment("failed", -1.0), accept_changes="reward")) == 0
     same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
 
 
