@@ -585,7 +585,7 @@ def test_episodes_that_fail_cost_an_evaluation_but_not_the_run(settings, tmp_pat
     assert said.count("none of the 2 held-out prompts has a reward") == 2
     assert all("eval/reward" not in row for row in metrics_of(tmp_path / "run"))
     with pytest.raises(ValueError, match=r"8 of 8 episodes failed; number 0: .*no such room.*Its row: .*'ill'"):
-        online.run(presets.rloo(**common | {"data": ill, "name": "all", "checks": False}))
+        online.run(presets.rloo(**common | {"data": ill, "eval_data": None, "name": "all", "checks": False}))
 
 
 @pytest.mark.slow
