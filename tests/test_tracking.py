@@ -351,8 +351,16 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         pass
 
 
+@pytest.fixture
+def hangups():
+    """As in a terminal, also where the tests were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_the_first_signal_asks_and_the_second_insists(number, capfd):
+def test_the_first_signal_asks_and_the_second_insists(number, hangups, capfd):
     before = signal.getsignal(number)
     with tracking.graceful_stop() as stop:
         assert stop.requested is None
