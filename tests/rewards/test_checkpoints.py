@@ -291,10 +291,10 @@ def test_an_encoder_reads_prompt_and_completion_as_one_text_or_as_a_pair(classif
 def test_many_threads_load_a_checkpoint_once(folder, monkeypatch):
     loads, load = [], hf.load_reward
 
-    def slow(path):
+    def slow(path, **options):
         loads.append(path)
         time.sleep(0.2)
-        return load(path)
+        return load(path, **options)
 
     monkeypatch.setattr(hf, "load_reward", slow)
     source = rewards.from_checkpoint(folder, batch=7).fn
