@@ -218,7 +218,7 @@ def test_a_run_that_recorded_nothing_is_passed_over(quiet, tmp_path):
         if name != "experiment.json":
             (folders[1] / name).unlink()
     status, said = call("report", *map(str, folders), "--out", str(tmp_path / "page"))
-    assert status == 0
+    assert status == 0, said
     assert f"{folders[1]} is passed over: its run ended before its first record" in said
     status, said = call("report", str(folders[1]), "--out", str(tmp_path / "page"))
     assert (status, "no run has recorded anything yet" in said) == (2, True)
