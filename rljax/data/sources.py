@@ -199,7 +199,8 @@ def _reads(path: pathlib.Path, then: os.stat_result) -> Callable[[slice], bytes]
 
     def read(piece: slice) -> bytes:
         try:
-            return os.pread(_opened(path, then.st_dev, then.st_ino).number, piece.stop - piece.start, piece.start)
+            file = _opened(path, then.st_dev, then.st_ino)  # held while it is read: it is closed with its last name
+            return os.pread(file.number, piece.stop - piece.start, piece.start)
         except OSError as error:
             raise UserError(f"{_changed(path.name, path)} ({error})") from error
 
