@@ -121,7 +121,7 @@ def _latest(folder: pathlib.Path) -> tuple[int | None, Mapping[str, Any]]:
     path = folder / "checkpoints"
     if not path.is_dir():
         return None, {}
-    with Checkpoints(path, read_only=True) as checkpoints:
+    with Checkpoints(path, read_only=True, alone=True) as checkpoints:  # the others may not see the folder yet
         latest = checkpoints.latest()
         return latest, {} if latest is None else checkpoints.extra(latest)
 

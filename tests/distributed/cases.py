@@ -132,7 +132,7 @@ def sft_rows(policy, key):
 def experiment(name: str, model: str, folder):
     """An experiment by its name; `folder` is for its data."""
     common = {"model": model, "name": name, **COMMON}
-    pair, prompt = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl"
+    pair, prompt, judged = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl", f"{folder}/judge"
     on = common | ONLINE | {"data": prompt}
     made = {
         "sft": lambda: offline.SFT(**common, data=sft_rows),
@@ -144,10 +144,12 @@ def experiment(name: str, model: str, folder):
         ),
         "kto": lambda: offline.Unpaired(**common, data=pair),
         "ppo": lambda: online.PPO(
-            **on | {"batch": 8}, reward=vowels, epochs=2,
+            **on | {"batch": 8}, reward=(vowels, rewards.from_checkpoint(judged, max_length=40)), critic=judged, epochs=2,
             minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
         ),
-        "grpo_device": lambda: presets.grpo(**on | {"group": 2}, reward=short),
+        "grpo_device": lambda: presets.grpo(
+            **on | {"group": 2}, reward=(short, rewards.from_checkpoint(judged))
+        ),
         "online_dpo": lambda: presets.online_dpo(**on | {"group": 2}, reward=vowels),
         "raft": lambda: presets.raft(**on | {"group": 2}, reward=vowels),
         "both": lambda: presets.remax(**on, reward=(short, vowels)),
