@@ -41,6 +41,7 @@ from rljax.filters import Sampling
 from rljax.identity import base_kind
 from rljax.metrics import best_mode
 from rljax.objectives import tryouts
+from rljax.passes import Passing, in_steps
 from rljax.program import Evaluation, Progress, Run
 from rljax.progress import lossy_screen
 from rljax.ranges import Coefficient, Natural, Rate
@@ -50,7 +51,7 @@ __all__ = ["SFT", "Evaluation", "Preference", "RewardModel", "Unpaired", "run", 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SFT(Run):
+class SFT(Passing):
     """Supervised fine-tuning on texts, prompts with completions, or chats (whichever the rows are)."""
 
     packing: bool = False  # several documents a row; attention does not cross them
@@ -58,7 +59,7 @@ class SFT(Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModel(Run):
+class RewardModel(Passing):
     """A scalar reward on comparisons: `loss` compares pairs, or picks the best of k."""
 
     loss: Callable[..., Any] = losses.bradley_terry_loss  # (chosen, rejected) or (scores [b k], best) -> [b]
@@ -67,7 +68,7 @@ class RewardModel(Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preference(Run):
+class Preference(Passing):
     """Learning from pairs. `loss` sees [b] log-probabilities: policy chosen and rejected, then the reference's."""
 
     # such as functools.partial(losses.dpo_loss, beta=0.1); its keywords with a default (margin) are filled from the
@@ -85,7 +86,7 @@ KTO = functools.partial(losses.kto_loss, beta=0.1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Unpaired(Run):
+class Unpaired(Passing):
     """Learning from single completions marked good or bad (KTO); pairs are taken apart."""
 
     loss: Callable[..., Any] = KTO  # (log-probabilities, the reference's, desirable, KL point) -> [b]
@@ -114,7 +115,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     0, or 128 + the number of the signal (Ctrl-C, SIGTERM, SIGHUP, SIGQUIT) that ended the run: saved, to be resumed by
     the same command.
     """
-    check(experiment)
+    experiment = check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with lossy_screen(), tracking.lock(folder), tracking.graceful_stop() as stop, jax.set_mesh(mesh):
         if not resuming.begin(experiment, folder):
@@ -140,7 +141,7 @@ def run(experiment: Run, file: str | pathlib.Path | None = None) -> int:
 
 def selfcheck(experiment: Run, file: str | pathlib.Path | None = None) -> int:
     """Only what a run does before its first step: set everything up, check it, say what was found."""
-    check(experiment)
+    experiment = check(experiment)
     folder, mesh = program.run_folder(experiment, file), program.make_mesh(experiment)
     with (
         tracking.lock(folder),
@@ -191,9 +192,9 @@ def keeps_initial(run: Run) -> bool:
     return fresh or run.evaluate is not None or (isinstance(run, RewardModel) and run.normalize > 0)
 
 
-def check(experiment: Run) -> None:
-    """Raise UserError for settings that cannot work, before anything is loaded."""
-    _check_kind(experiment)
+def check(experiment: Run) -> Passing:
+    """The experiment with its `epochs` as steps. UserError for settings that cannot work, before anything is loaded."""
+    experiment = in_steps(_known(experiment))
     program.check_settings(experiment)
     if isinstance(experiment, Preference):
         tryouts.pairs(experiment.loss, reference=experiment.reference)
@@ -201,14 +202,16 @@ def check(experiment: Run) -> None:
         tryouts.unpaired(experiment.loss)
     if isinstance(experiment, RewardModel):
         tryouts.comparison(experiment.loss)
+    return experiment
 
 
-def _check_kind(experiment: Run) -> None:
+def _known(experiment: Run) -> Passing:
     if not isinstance(experiment, SFT | RewardModel | Preference | Unpaired):
         raise UserError(
             "rljax.offline runs SFT, RewardModel, Preference and Unpaired, and what is derived from them, not "
             f"{type(experiment).__name__}"
         )
+    return experiment
 
 
 def _tracker(experiment: Run, folder: pathlib.Path, resumed: int | None) -> tracking.Tracker:

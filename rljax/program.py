@@ -119,7 +119,7 @@ def check_settings(run: Run) -> None:
 
 def updates(run: Run) -> int:
     """How many updates the whole run makes: one a step offline, those of all epochs and minibatches online."""
-    return run.steps * getattr(run, "epochs", 1) * getattr(run, "minibatches", 1)
+    return run.steps * run.epochs * run.minibatches if _answered(run) else run.steps  # pyright: ignore
 
 
 def _check_optimizer(run: Run, updates: int) -> None:
@@ -295,7 +295,7 @@ def read_rows(run: Run, start: policy.Policy, folder: pathlib.Path, tracker: tra
         rows = data.read(kept)
     else:
         rows = data.read(run.data, split=run.split)
-    parts, lines = _held_out(run, rows)
+    parts, lines = split_rows(run, rows)
     notes.keep(folder, "split", lines, tracker.status)
     return parts
 
@@ -309,7 +309,7 @@ def eval_source(run: Run) -> tuple[Any, str] | None:
     return (run.data if run.eval_data is None else run.eval_data), run.eval_split or "train"
 
 
-def _held_out(run: Run, rows: data.Rows) -> tuple[Split, list[str]]:
+def split_rows(run: Run, rows: data.Rows) -> tuple[Split, list[str]]:
     """(rows to train on, rows held out), and what is to be said of that."""
     source = eval_source(run)
     if source is not None:
@@ -323,9 +323,9 @@ def _held_out(run: Run, rows: data.Rows) -> tuple[Split, list[str]]:
             raise UserError(f"eval_data={run.eval_data!r} holds the very rows that are trained on: give others")
         shared = data.shared_prompts(rows, held)
         names = ", ".join(held.where(i) for i in shared[:3]) + (", …" if len(shared) > 3 else "")
-        return (rows, held), [
-            f"{len(shared)} of {len(held)} held-out rows have a prompt that is trained on too ({names})"
-        ][: len(shared)]
+        said = [f"{len(shared)} of {len(held)} held-out rows have a prompt that is trained on too ({names})"]
+        unused = f"eval_rows={run.eval_rows} is for rows set aside: all {len(held)} of {source[0]} are held out"
+        return (rows, held), said[: len(shared)] + ([unused] if run.eval_rows != Run.eval_rows else [])
     if len(rows) == 1:
         return (rows, rows), ["the data has one row: it is also what is evaluated on"]
     count = max(1, min(run.eval_rows, len(rows) // 10))

@@ -214,7 +214,13 @@ class Line:
         self.status(f"{text}: {duration(self._clock() - start)}")
 
     def update(self, step: int, values: Mapping[str, float | None], timing: Mapping[str, float]) -> None:
-        """Show the values of `step`. timing: seconds (of one step), tokens_per_second and mfu, as far as known."""
+        """Show the values of `step`, and those of held-out rows on a line that stays. timing: seconds (of one step),
+        tokens_per_second and mfu, as far as known.
+        """
+        held_out = {f"eval/{name}": None for name in ("loss", "reward", self._shown)}
+        found = [f"{name} {number(values[name])}" for name in held_out if name in values]
+        if found:
+            self.status(f"step {step}: {'  '.join(found)}")
         text = visible(self._text(step, values, timing))
         if self._bar is not None:
             self._bar.start()

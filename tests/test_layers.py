@@ -28,7 +28,7 @@ LEVELS = [
     {"tracking", "tasks", "rewards", "methods", "critics", "selfchecks"},
     {"environments"},
     {"report", "runs", "program", "iteration"},
-    {"prompts", "papers", "options", "compilation", "allocator", "overlays", "resuming"},
+    {"prompts", "papers", "options", "compilation", "allocator", "overlays", "resuming", "passes"},
     {"judges", "settings", "evidence", "compare"},
     {"episodes"},
     {"presets", "collect", "evaluation"},

@@ -1,8 +1,10 @@
 """What the README says is run: its Python snippets, its experiment, its commands."""
 
 import functools
+import json
 import pathlib
 import re
+import subprocess
 
 import jax.numpy as jnp
 import pytest
@@ -80,7 +82,15 @@ def test_files_and_fields_that_are_named_exist():
     for command in re.findall(r"^rljax run (\S+) (.*)$", README, re.MULTILINE):
         experiment, _ = cli.read_experiment([str(ROOT / command[0]), *command[1].split()], "run")
         assert experiment.loss.keywords["beta"] == 2.5
-        assert experiment.mesh.keywords["tensor"] == 2
+        assert experiment.epochs == 3
+
+
+def test_the_first_pairs_are_pairs(tmp_path):
+    command = re.search(r"^(python3 -c '.*?) > pairs.jsonl$", README, re.MULTILINE | re.DOTALL).group(1)
+    rows = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "pairs.jsonl").write_text(rows)
+    assert len(data.read(tmp_path / "pairs.jsonl")) == 64
+    assert json.loads(rows.splitlines()[0]) == {"prompt": "2 plus one is", "chosen": " 3.", "rejected": " 1."}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("[!_]*.py")), ids=lambda p: p.stem)

@@ -144,8 +144,8 @@ def experiment(name: str, model: str, folder):
         ),
         "kto": lambda: offline.Unpaired(**common, data=pair),
         "ppo": lambda: online.PPO(
-            **on | {"batch": 8}, reward=(vowels, rewards.from_checkpoint(judged, max_length=40)), critic=judged, epochs=2,
-            minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
+            **on | {"batch": 8}, reward=(vowels, rewards.from_checkpoint(judged, max_length=40)), critic=judged,
+            epochs=2, minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
         ),
         "grpo_device": lambda: presets.grpo(
             **on | {"group": 2}, reward=(short, rewards.from_checkpoint(judged))
