@@ -9,32 +9,30 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 PATIENCE = 2.0  # seconds before anything is shown
 EVERY = 30.0  # seconds between two lines where there is no terminal
+AGAIN = 0.1  # between two looks of a bar
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yield `items`; from two seconds on, show how far they are and how long the rest takes (on stderr)."""
-    start, bar, said = time.monotonic(), None, 0.0
+    """Yield `items`; from two seconds on, show how far they are and how long the rest takes (on stderr): a bar on a
+    terminal, and in a log file a line every now and then.
+    """
+    start, bar, terminal, said = time.monotonic(), None, False, 0.0
     try:
         for done, item in enumerate(items):
-            if bar is not None:
+            now = time.monotonic()
+            if bar is None and now - start > PATIENCE:
+                bar, said = _bar(label, total), now
+                terminal = bar.console.is_terminal  # which is slow to ask
+            elif bar is not None and now - said >= (AGAIN if terminal else EVERY):
+                said = now
                 bar.update(bar.task_ids[0], completed=done)
-                said = _line(bar, label, done, total, start, said)
-            elif time.monotonic() - start > PATIENCE:
-                bar, said = _bar(label, total), time.monotonic()
+                if not terminal:
+                    left = (now - start) / done * (total - done)
+                    bar.console.print(f"{label}: {done:,} of {total:,}, {left:.0f} s left")
             yield item
     finally:
         if bar is not None:
             bar.stop()
-
-
-def _line(bar: Any, label: str, done: int, total: int, start: float, said: float) -> float:
-    """In a log file, how far it is, every now and then. When that was said last."""
-    now = time.monotonic()
-    if bar.console.is_terminal or now - said < EVERY or not done:
-        return said
-    left = (now - start) / done * (total - done)
-    bar.console.print(f"{label}: {done:,} of {total:,}, {left:.0f} s left")
-    return now
 
 
 def _bar(label: str, total: int):
