@@ -2,7 +2,8 @@
 
 import importlib.metadata
 
-QUICK = "--xla_backend_optimization_level=0"
+# Programs are small: in one piece they compile a quarter faster than cut into 32.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later compilers have no choice of emitters
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # the older ones take half the time
 # Devices share the cores of a machine that may be busy: a collective that waits for its last one is not stuck.

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import threading
 
 from tests import compiler
 
@@ -23,6 +24,7 @@ _hook.__enter__()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
 from jax._src.lru_cache import LRUCache  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
@@ -51,6 +53,28 @@ def _put(cache: LRUCache, key: str, value: bytes) -> None:
 
 
 LRUCache.put = _put
+
+
+class _Dialects(threading.local):
+    """To load MLIR's dialects takes a fifth of what it takes to compile a small operation: not for each of them."""
+
+    context, left = None, 0
+
+    def get(self):
+        if not self.left:  # what is interned stays, constants too
+            self.context, self.left = mlir.make_ir_context(), 200
+        self.left -= 1
+        return self.context
+
+
+_dialects, _module_context = _Dialects(), mlir.ModuleContext.__init__
+
+
+def _in_a_context(self, *args, context=None, **options):
+    _module_context(self, *args, context=context or _dialects.get(), **options)
+
+
+mlir.ModuleContext.__init__ = _in_a_context
 
 
 def pytest_collection_finish():

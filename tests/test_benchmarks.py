@@ -1,6 +1,8 @@
 """The benchmarks run: one JSON line per figure, at a shape of no interest."""
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,24 +10,52 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from rljax import sharding
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
+def printed(module, monkeypatch, capsys, *options: str) -> list[dict]:
+    """The figures that a benchmark prints, called here; its worker is a process of its own."""
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--shape", "toy", *options])
+    module.main()
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def options(**changes) -> argparse.Namespace:
+    """Of a worker, as the command line gives them."""
+    common = {"shape": "toy", "scale": 1, "remat": "dots", "unroll": "auto", "warm_up": 1}
+    return argparse.Namespace(**common | changes)
+
+
 @pytest.mark.slow
-def test_offline_prints_one_figure_per_update():
-    command = [sys.executable, FOLDER / "offline.py", "--shape", "toy", "--pairs", "1", "--rounds", "2"]
-    env = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=True)
-    figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [figure["update"] for figure in figures] == ["dpo", "dpo+ref", "sft", "rm"]
-    for figure in figures:
-        assert figure["rounds"] == 2
-        assert figure["seconds"] >= figure["seconds_best"] > 0
-        assert 0 < figure["flops_fraction"] < 1.5
-        assert figure["peak_rss_bytes"] > figure["compiled_bytes"] > 0
-        assert figure["tokens_per_second"] == pytest.approx(2 * 128 / figure["seconds"], rel=1e-2)
+def test_offline_prints_a_figure_of_an_update(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import offline
+
+    (figure,) = printed(offline, monkeypatch, capsys, "--update", "sft", "--pairs", "1", "--rounds", "2")
+    assert figure["update"] == "sft"
+    assert figure["rounds"] == 2
+    assert figure["seconds"] >= figure["seconds_best"] > 0
+    assert 0 < figure["flops_fraction"] < 1.5
+    assert figure["peak_rss_bytes"] > figure["compiled_bytes"] > 0
+    assert figure["tokens_per_second"] == pytest.approx(2 * 128 / figure["seconds"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_offline_takes_a_step_of_every_other_update(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import offline
+
+    for update in ("dpo", "dpo+ref", "rm"):
+        case = offline.prepare(options(update=update, dtype="float32", pairs=1, share_prompts=True))
+        case.step()
+        assert case.facts["compiled_bytes"] > case.facts["temporary_bytes"] > 0
+    assert set(offline.UPDATES) == {"dpo", "dpo+ref", "rm", "sft"}
 
 
 def test_flops_of_a_step_count_only_what_is_needed(monkeypatch):
@@ -41,31 +71,75 @@ def test_flops_of_a_step_count_only_what_is_needed(monkeypatch):
     assert offline.flops_of_step(shape, "sft", 1) == 3 * 2 * 2 * (128 * layers + 127 * head)
 
 
+def on_one_device(online, monkeypatch) -> None:
+    """Where tests have eight."""
+    made, mesh = online.experiment, functools.partial(sharding.make_mesh, fsdp=1)
+    monkeypatch.setattr(online, "experiment", lambda *args: dataclasses.replace(made(*args), mesh=mesh))
+
+
+FIGURES = ["generate", "ppo-update", "ppo-iteration", "grpo-iteration"]
+
+
 @pytest.mark.slow
-def test_online_prints_one_figure_each():
-    command = [sys.executable, FOLDER / "online.py", "--shape", "toy", "--rounds", "2", "--warm-up", "1"]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=True)
-    figures = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [figure["figure"] for figure in figures] == ["generate", "ppo-update", "ppo-iteration", "grpo-iteration"]
-    for figure in figures:
-        assert figure["rounds"] == 2
-        assert figure["seconds"] >= figure["seconds_best"] > 0
-        assert 0 < figure["roofline_fraction"] < 1.5
-        assert figure["peak_rss_bytes"] > figure["compiled_bytes"] > 0
-    update, ppo, grpo = (figure["alias_bytes"] for figure in figures[1:])
-    assert update == ppo > 1.9 * grpo  # the whole state is updated in place: policy and critic, or the policy alone
+@pytest.mark.parametrize("figure", ["generate", pytest.param("all", marks=pytest.mark.long)])
+def test_online_prints_one_figure_each(figure, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import online
+
+    monkeypatch.delenv("XLA_FLAGS")
+    figures = printed(online, monkeypatch, capsys, "--figure", figure, "--rounds", "2", "--warm-up", "1")
+    assert [found["figure"] for found in figures] == (FIGURES if figure == "all" else [figure])
+    for found in figures:
+        assert found["rounds"] == 2
+        assert found["seconds"] >= found["seconds_best"] > 0
+        assert 0 < found["roofline_fraction"] < 1.5
+        assert found["peak_rss_bytes"] > found["compiled_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_the_whole_state_is_updated_in_place(monkeypatch):
+    """Policy and critic, or the policy alone."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import online
+
+    on_one_device(online, monkeypatch)
+    ppo, grpo = (online.prepare(options(figure=figure, reward="device")) for figure in ("ppo-update", "grpo-iteration"))
+    assert ppo.facts["alias_bytes"] > 1.9 * grpo.facts["alias_bytes"]
     layers, head = 2 * (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32), 64 * 16
-    assert grpo > 3 * 4 * (layers + head)  # weights and two moments
+    assert grpo.facts["alias_bytes"] > 3 * 4 * (layers + head)  # weights and two moments
 
 
 @pytest.mark.slow
-def test_online_measures_rewards_on_the_host():
-    command = [sys.executable, FOLDER / "online.py", "--shape", "toy", "--figure", "grpo-iteration", "--reward", "host"]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(FOLDER.parent)}
-    short = ["--rounds", "1", "--warm-up", "1"]
-    done = subprocess.run([*command, *short], env=env, capture_output=True, text=True, timeout=600, check=True)
-    figure = json.loads(done.stdout)
+@pytest.mark.parametrize(
+    ("figure", "reward", "programs"), [("ppo-iteration", "device", 1), ("grpo-iteration", "host", 3)]
+)
+def test_the_parts_of_other_iterations_fit_together(figure, reward, programs, monkeypatch):
+    """Their programs are traced; `long` compiles and runs them."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import online
+
+    traced = []
+
+    def trace(fn, *args, **how):
+        traced.append(jax.jit(fn, **how).trace(*args))
+        return traced[-1], 1.0
+
+    on_one_device(online, monkeypatch)
+    monkeypatch.setattr(online, "_compile", trace)
+    monkeypatch.setattr(online, "_memory", lambda compiled: {})
+    case = online.prepare(options(figure=figure, reward=reward, warm_up=0))
+    assert len(traced) == programs
+    assert case.facts == {"compile_seconds": float(programs)}
+
+
+@pytest.mark.long
+def test_online_measures_rewards_on_the_host(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import online
+
+    monkeypatch.delenv("XLA_FLAGS")
+    asked = ["--figure", "grpo-iteration", "--reward", "host", "--rounds", "1", "--warm-up", "1"]
+    (figure,) = printed(online, monkeypatch, capsys, *asked)
     assert figure["reward"] == "host"
     assert figure["seconds"] > 0
 
@@ -97,11 +171,12 @@ def test_least_seconds_of_a_step_by_hand(monkeypatch):
 
 
 @pytest.mark.slow
-def test_shared_prompts_are_measured_against_plain_rows():
-    command = [sys.executable, FOLDER / "shared.py", "--shape", "toy", "--own", "8", "--prompts", "16", "--group", "4"]
-    env = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
-    done = subprocess.run([*command, "--rounds", "2"], env=env, capture_output=True, text=True, timeout=300, check=True)
-    figures = {figure["update"]: figure for figure in map(json.loads, done.stdout.splitlines())}
+def test_shared_prompts_are_measured_against_plain_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import shared
+
+    asked = ["--own", "8", "--prompts", "16", "--group", "4", "--rounds", "2"]
+    figures = {figure["update"]: figure for figure in printed(shared, monkeypatch, capsys, *asked)}
     assert figures["pairs"]["tokens"] == pytest.approx((16 + 2 * 8) / (2 * 24), rel=1e-3)
     assert figures["group"]["tokens"] == pytest.approx((16 + 4 * 8) / (4 * 24), rel=1e-3)
     for figure in figures.values():

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -18,7 +19,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from rljax import artefacts, cli, data, losses, offline, program, sharding, tracking, train
+from rljax import artefacts, cli, data, losses, objectives, offline, program, sharding, tasks, tracking, train
 from rljax.models import hf
 from rljax.types import Mean
 
@@ -76,31 +77,37 @@ def first(folder, name):
     return next(row[name] for row in tracking.read_rows(folder / "metrics.jsonl") if name in row)
 
 
-def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path, pairs):
-    experiment = offline.Preference(
-        loss=functools.partial(losses.dpo_loss, beta=0.1),
-        data=pairs,
-        best="eval/loss",
-        best_mode="min",
-        **common(stories, tmp_path),
-    )
-    assert offline.run(experiment) == 0
-    run = tmp_path / "run"
-    assert first(run, "eval/loss") == pytest.approx(np.log(2), abs=1e-3)
-    assert last(run, "eval/loss") < 0.6
-    assert last(run, "eval/rewards/accuracies") > 0.9
-    assert {"report.md", "experiment.json", "manifest.json", "samples.jsonl", "tensorboard"} <= set(os.listdir(run))
-    timing = {row["step"]: row for row in tracking.read_rows(run / "timing.jsonl")}
+LITTLE = {"steps": 3, "samples": 0, "save_every": 3, "checks": False}  # where only what is learned is looked at
+DPO = functools.partial(losses.dpo_loss, beta=0.1)
+
+
+@pytest.fixture(scope="module")
+def dpo(small, pairs, tmp_path_factory) -> pathlib.Path:
+    """A run with everything that is on by default."""
+    folder = tmp_path_factory.mktemp("dpo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        settings = common(small, folder, best="eval/loss", best_mode="min")
+        assert offline.run(offline.Preference(loss=DPO, data=pairs, **settings)) == 0
+    return folder / "run"
+
+
+def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(small, tmp_path, dpo):
+    assert first(dpo, "eval/loss") == pytest.approx(np.log(2), abs=1e-3)
+    assert last(dpo, "eval/loss") < 0.6
+    assert last(dpo, "eval/rewards/accuracies") > 0.9
+    assert {"report.md", "experiment.json", "manifest.json", "samples.jsonl", "tensorboard"} <= set(os.listdir(dpo))
+    timing = {row["step"]: row for row in tracking.read_rows(dpo / "timing.jsonl")}
     assert timing[5]["time"] - timing[4]["time"] > timing[5]["seconds"] + 0.002  # the checkpoint of step 4 is left out
 
-    step = artefacts.export(run, tmp_path / "exported")
+    step = artefacts.export(dpo, tmp_path / "exported")
     assert step == 6
     model, params = hf.load(tmp_path / "exported", dtype="float32")
-    _, before = hf.load(stories)
+    _, before = hf.load(small)
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), params, before)
     assert max(jax.tree.leaves(moved)) > 1e-4
     assert model.config.vocab_size == 512
-    rows = artefacts.sample(str(run), ["Once upon a time"], chat=False, max_new_tokens=5, temperature=0.0)
+    rows = artefacts.sample(str(dpo), ["Once upon a time"], chat=False, max_new_tokens=5, temperature=0.0)
     assert rows[0]["completion"]
 
 
@@ -108,42 +115,91 @@ def test_dpo_learns_and_exports_a_checkpoint_that_opens_again(stories, tmp_path,
 @pytest.mark.parametrize(
     ("loss", "settings"),
     [
-        (functools.partial(losses.ipo_loss, beta=0.1), {"average": True}),
-        (functools.partial(losses.simpo_loss, beta=2.0, gamma=0.5), {"average": True, "reference": False}),
-        (functools.partial(losses.orpo_loss, beta=0.1), {"average": True, "reference": False, "nll_weight": 1.0}),
-        (
+        pytest.param(functools.partial(losses.ipo_loss, beta=0.1), {"average": True}, id="ipo", marks=pytest.mark.long),
+        pytest.param(
+            functools.partial(losses.simpo_loss, beta=2.0, gamma=0.5),
+            {"average": True, "reference": False},
+            id="simpo",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            functools.partial(losses.orpo_loss, beta=0.1),
+            {"average": True, "reference": False, "nll_weight": 1.0},
+            id="orpo",
+        ),
+        pytest.param(
             functools.partial(losses.cpo_loss, beta=0.1),
             {"reference": False, "nll_weight": 1.0, "nll_average": False},
+            id="cpo",
+            marks=pytest.mark.long,
         ),
-        (functools.partial(losses.dpo_loss, beta=0.1), {"nll_weight": 1.0, "cache_reference": False}),
+        pytest.param(DPO, {"nll_weight": 1.0, "cache_reference": False}, id="rpo", marks=pytest.mark.long),
     ],
-    ids=["ipo", "simpo", "orpo", "cpo", "rpo"],
 )
 def test_every_kind_of_preference_loss_learns(small, tmp_path, pairs, loss, settings):
-    experiment = offline.Preference(loss=loss, data=pairs, **common(small, tmp_path, samples=0), **settings)
+    experiment = offline.Preference(loss=loss, data=pairs, **common(small, tmp_path, **LITTLE), **settings)
     assert offline.run(experiment) == 0
     assert last(tmp_path / "run", "eval/loss") < first(tmp_path / "run", "eval/loss")
     assert last(tmp_path / "run", "eval/rewards/margins") > first(tmp_path / "run", "eval/rewards/margins")
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"average": True},
+        {"reference": False},
+        {"nll_weight": 2.0},
+        {"nll_weight": 2.0, "nll_average": False},
+        {"max_completion": 3},
+        {"share_prompts": False},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_settings_of_preferences_reach_the_objective(changes, monkeypatch):
+    """What each of them computes is in test_objectives."""
+    heard = {}
+    monkeypatch.setattr(objectives, "preference", lambda model, loss, **options: heard.update(options))
+    plain = offline.Preference(loss=DPO, model="none", data="none")
+    tasks.preference_loss(plain, None)
+    before = dict(heard)
+    tasks.preference_loss(dataclasses.replace(plain, **changes), None)
+    renamed = {"max_completion": "max_trained"}
+    assert {k for k in heard if heard[k] != before[k]} == {renamed.get(name, name) for name in changes}
+    assert all(heard[renamed.get(name, name)] == value for name, value in changes.items())
+
+
+def assert_same_metrics(one: pathlib.Path, other: pathlib.Path, steps: int) -> None:
+    """Of all steps up to this one."""
+    rows, others = ([r for r in tracking.read_rows(f / "metrics.jsonl") if r["step"] <= steps] for f in (one, other))
+    assert others[-1]["step"] == steps
+    for row, found in zip(rows, others, strict=True):
+        assert row.keys() == found.keys()
+        ties = {"rewards/accuracies", "eval/rewards/accuracies"}  # at step 0 all pairs tie, but for rounding
+        names = sorted(row.keys() - ties)
+        np.testing.assert_allclose([row[k] for k in names], [found[k] for k in names], rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.slow
-def test_a_cached_reference_and_one_on_the_fly_are_the_same(small, tmp_path, pairs):
-    """Same losses to rounding, and the file on disk is used the second time."""
-    finals = []
-    for cached in (True, False):
-        settings = common(small, tmp_path, samples=0, name=f"run{cached}", steps=3)
-        experiment = offline.Preference(
-            loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, cache_reference=cached, **settings
-        )
-        offline.run(experiment)
-        finals.append(last(tmp_path / f"run{cached}", "loss"))
-    assert finals[0] == pytest.approx(finals[1], rel=1e-3)
+def test_a_cached_reference_and_one_on_the_fly_are_the_same(small, tmp_path, pairs, dpo):
+    """Same losses to rounding."""
+    settings = common(small, tmp_path, **LITTLE)
+    assert offline.run(offline.Preference(loss=DPO, data=pairs, cache_reference=False, **settings)) == 0
+    assert_same_metrics(dpo, tmp_path / "run", 3)
     assert len(list((pathlib.Path(os.environ["RLJAX_CACHE"]) / "reference").glob("*.npy"))) >= 2
+
+
+@pytest.mark.long
+def test_losses_do_not_depend_on_the_mesh(small, tmp_path, pairs, dpo):
+    """Of the offline program: tests/distributed does it with others, and with two processes."""
+    settings = common(small, tmp_path, **LITTLE)
+    settings["mesh"] = functools.partial(sharding.make_mesh, data=2, fsdp=2, tensor=2)
+    assert offline.run(offline.Preference(loss=DPO, data=pairs, **settings)) == 0
+    assert_same_metrics(dpo, tmp_path / "run", 3)
 
 
 @pytest.mark.slow
 def test_kto_on_pairs_taken_apart(small, tmp_path, pairs):
-    experiment = offline.Unpaired(data=pairs, **common(small, tmp_path))
+    experiment = offline.Unpaired(data=pairs, **common(small, tmp_path, **LITTLE | {"steps": 6}))
     assert offline.run(experiment) == 0
     run = tmp_path / "run"
     assert first(run, "eval/loss") == pytest.approx(0.5, abs=1e-3)  # z0 = 0 and log-ratio 0: 1 − σ(0)
@@ -152,9 +208,8 @@ def test_kto_on_pairs_taken_apart(small, tmp_path, pairs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [losses.bradley_terry_loss, losses.best_of_k_loss], ids=["pairwise", "best_of_k"])
-def test_reward_model_learns_and_is_normalised(small, tmp_path, pairs, loss):
-    experiment = offline.RewardModel(loss=loss, data=pairs, normalize=8, **common(small, tmp_path))
+def test_reward_model_learns_and_is_normalised(small, tmp_path, pairs):
+    experiment = offline.RewardModel(data=pairs, normalize=8, **common(small, tmp_path))
     assert offline.run(experiment) == 0
     run = tmp_path / "run"
     assert last(run, "eval/accuracy") > 0.9
@@ -172,7 +227,7 @@ def test_best_of_four(small, tmp_path):
         for w in WORDS * 4
     ]
     path = data.write_jsonl(tmp_path / "rows.jsonl", rows)
-    settings = common(small, tmp_path)
+    settings = common(small, tmp_path, **LITTLE | {"steps": 6})
     assert offline.run(offline.RewardModel(loss=losses.best_of_k_loss, data=str(path), **settings)) == 0
     assert last(tmp_path / "run", "eval/accuracy") > 0.9
     with pytest.raises(ValueError, match="best_of_k_loss"):
@@ -180,19 +235,21 @@ def test_best_of_four(small, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.long), True])
 def test_sft_learns(small, tmp_path, packing):
     rows = [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS]
     path = data.write_jsonl(tmp_path / "texts.jsonl", rows)
-    settings = common(small, tmp_path, optimizer=functools.partial(optax.adamw, weight_decay=0.01))
+    changes = LITTLE | {"steps": 6, "optimizer": functools.partial(optax.adamw, weight_decay=0.01)}
+    settings = common(small, tmp_path, **changes)
     assert offline.run(offline.SFT(data=str(path), packing=packing, **settings)) == 0
     assert last(tmp_path / "run", "eval/loss") < 0.7 * first(tmp_path / "run", "eval/loss")
 
 
 @pytest.mark.slow
-def test_early_stopping_keeps_the_best(stories, tmp_path, pairs):
+def test_early_stopping_keeps_the_best(small, tmp_path, pairs):
     """A rate that only makes things worse: the run ends after `patience` evaluations and the best is the first."""
-    settings = common(stories, tmp_path, steps=40, learning_rate=0.5, eval_every=1, samples=0, clip_norm=None)
+    changes = LITTLE | {"steps": 40, "learning_rate": 0.5, "eval_every": 1, "clip_norm": None}
+    settings = common(small, tmp_path, **changes)
     experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), best="eval/loss", best_mode="min", patience=2, **settings)
     assert offline.run(experiment) == 0
     steps = [row["step"] for row in tracking.read_rows(tmp_path / "run" / "metrics.jsonl")]
@@ -205,8 +262,9 @@ def _sft_rows(tmp_path, pairs) -> str:
 
 
 def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(small, tmp_path, pairs):
-    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), **common(small, tmp_path, steps=2))
+    experiment = offline.SFT(data=_sft_rows(tmp_path, pairs), **common(small, tmp_path, **LITTLE))
     offline.run(experiment)
+    assert last(tmp_path / "run", "eval/loss") < first(tmp_path / "run", "eval/loss")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert offline.run(experiment) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
@@ -214,32 +272,16 @@ def test_the_same_run_again_does_nothing_and_another_experiment_is_refused(small
         offline.run(dataclasses.replace(experiment, learning_rate=0.1))
 
 
-@pytest.mark.slow
-def test_losses_do_not_depend_on_the_mesh(small, tmp_path, pairs):
-    finals = {}
-    for axes in ({"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        settings = common(small, tmp_path, samples=0, steps=2, name=str(len(axes)))
-        settings["mesh"] = functools.partial(sharding.make_mesh, **axes)
-        experiment = offline.Preference(loss=functools.partial(losses.dpo_loss, beta=0.1), data=pairs, **settings)
-        offline.run(experiment)
-        finals[len(axes)] = tracking.read_rows(tmp_path / str(len(axes)) / "metrics.jsonl")
-    for one, many in zip(finals[1], finals[3], strict=True):
-        assert one.keys() == many.keys()
-        ties = {"rewards/accuracies", "eval/rewards/accuracies"}  # at step 0 all pairs tie, but for rounding
-        names = sorted(one.keys() - ties)
-        np.testing.assert_allclose([one[k] for k in names], [many[k] for k in names], rtol=2e-3, atol=2e-3)
-
-
 # --- a real process ---------------------------------------------------------------------------------------------------
 
 FILE = """
 import functools
-from rljax import cli, losses, offline, train
+from rljax import cli, losses, offline, sharding, train
 
 experiment = offline.Preference(
-    loss=functools.partial(losses.dpo_loss, beta=0.1), model={model!r}, data={data!r}, steps=40, batch=4,
+    loss=functools.partial(losses.dpo_loss, beta=0.1), model={model!r}, data={data!r}, steps=30, batch=4,
     max_prompt=32, max_completion=16, learning_rate=1e-3, eval_every=7, save_every=5, samples=1, sample_tokens=4,
-    out={out!r},
+    checks=False, mesh=functools.partial(sharding.make_mesh, fsdp=1), out={out!r},
 )
 if __name__ == "__main__":
     cli.run_file(__file__)
@@ -247,19 +289,19 @@ if __name__ == "__main__":
 
 
 def start(file: pathlib.Path, *options: str) -> subprocess.Popen:
-    """As a user does, who has a cache of compiled programs."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_ENABLE_COMPILATION_CACHE")}
+    """With the programs of this process, bit for bit, and a user's cache of them."""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_ENABLE_COMPILATION_CACHE"}
     command = [sys.executable, str(file), *options]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def wait_for_record(run: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_record(run: pathlib.Path, step: int, process: subprocess.Popen | None = None) -> None:
     """Until the run has written the metrics of `step`."""
     deadline = time.monotonic() + 300
     while not any(row["step"] >= step for row in tracking.read_rows(run / "metrics.jsonl")):
-        assert process.poll() is None, process.communicate()[0]
+        assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.05)
 
@@ -272,25 +314,30 @@ def state_bits(run: pathlib.Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(small, tmp_path, pairs):
+def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(small, tmp_path, pairs, capsys):
+    """Killed from outside as a process, then told to stop, then left alone, against one that was never stopped."""
     file = tmp_path / "experiment.py"
     file.write_text(FILE.format(model=str(small), data=pairs, out=str(tmp_path)))
-    whole = start(file, "--name", "whole")
-    output, _ = whole.communicate(timeout=550)
-    assert whole.returncode == 0, output
-
     run = tmp_path / "killed"
-    for step, how in ((random.randrange(6, 15), signal.SIGKILL), (random.randrange(18, 30), signal.SIGTERM)):
-        process = start(file, "--name", "killed")
-        wait_for_record(run, step, process)
-        time.sleep(random.random() * 0.05)
-        process.send_signal(how)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 128 + signal.SIGTERM), output
-    last = start(file, "--name", "killed")
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
-    assert "resumed at step" in output
+    process = start(file, "--name", "killed")
+    wait_for_record(run, random.randrange(6, 12), process)
+    time.sleep(random.random() * 0.05)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, output
+
+    def tell() -> None:
+        wait_for_record(run, random.randrange(14, 22))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    assert cli.main(["run", str(file), "--name", "killed"]) == 128 + signal.SIGTERM
+    teller.join()
+    capsys.readouterr()
+    assert cli.main(["run", str(file), "--name", "killed"]) == 0
+    assert "resumed at step" in capsys.readouterr().out
+    assert cli.main(["run", str(file), "--name", "whole"]) == 0
 
     assert state_bits(run) == state_bits(tmp_path / "whole")
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -313,9 +360,9 @@ def test_the_logged_rate_is_that_of_the_update_that_was_made():
     np.testing.assert_allclose(moved, [0.0, 0.4, 0.0, 0.3], rtol=1e-4)  # Adam's step is the rate for one sign
 
 
-def test_weights_open_without_the_model_that_a_run_began_with(stories, tmp_path, monkeypatch):
+def test_weights_open_without_the_model_that_a_run_began_with(small, tmp_path, monkeypatch):
     """Config and tokenizer are kept in the run's folder: export and samples are the same when the model is gone."""
-    for file in stories.iterdir():
+    for file in small.iterdir():
         (tmp_path / "base").mkdir(exist_ok=True)
         shutil.copyfile(file, tmp_path / "base" / file.name)
     data.write_jsonl(tmp_path / "texts.jsonl", [{"text": f"{word} and a dog."} for word in WORDS * 2])
@@ -325,7 +372,7 @@ def test_weights_open_without_the_model_that_a_run_began_with(stories, tmp_path,
     class Mine(offline.SFT):
         packing: bool = False
 
-    settings = common("base", tmp_path, steps=1, samples=0, out="runs")
+    settings = common("base", tmp_path, **LITTLE | {"steps": 1, "out": "runs"})
     assert offline.run(Mine(data="texts.jsonl", **settings)) == 0
     artefacts.export("runs/run", "one")
     (tmp_path / "base").rename(tmp_path / "elsewhere")
