@@ -78,7 +78,7 @@ def rouge_2(
     answer: Sequence[Any] | None = None,
     reference: Sequence[Any] | None = None,
 ) -> list[float | None]:
-    """ROUGE-2 F1 by rouge-score (Lin 2004), without stemming: pairs of words."""
+    """ROUGE-2 F1 by rouge-score (Lin 2004), without stemming: pairs of words; 0 for a reference of one word."""
     return _rouge("rouge2", "rouge_2", completions, references("rouge_2", answer, reference))
 
 
