@@ -5,9 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rljax import environments, groups, iteration, methods, rewards, settings
+from rljax.types import Rollout, Tokens
 from tests import tiny
 from tests.test_iteration import KEY, even, prompts, sharp, worth
 
@@ -38,15 +40,13 @@ def test_what_else_stands_beside_the_completions_is_not_shared():
     assert groups.shares(ptx, 1) == (4, 1)
 
 
-def learned(kind, shares, **changes):
-    """An iteration on four prompts with three completions each: metrics, parameters, the compiled program's FLOPs."""
+def made(kind, shares, **changes):
+    """(run, what is sampled from, method) of four prompts with three completions each."""
     run = kind(
         **{"model": "", "data": "", "reward": len, "batch": 4, "group": 3, "max_completion": 5, "kl_loss": 0.1}
         | {"old_logps": "trainer", "minibatches": 2, "microbatches": 2, "epochs": 2, "missing_eos_penalty": 1.0}
         | changes
     )
-    import optax
-
     drawn = settings.sampling(run, (0, *range(5, 60, 5)))
     if kind is settings.PPO:
         head = {"kernel": jnp.linspace(-1, 1, tiny.model().config.hidden_size), "bias": jnp.ones(())}
@@ -56,6 +56,12 @@ def learned(kind, shares, **changes):
         method = methods.preference(run, tiny.model(), sharp(), drawn, shares)
     else:
         method = methods.policy_gradient(run, tiny.model(), sharp(), drawn, shares)
+    return run, drawn, method
+
+
+def learned(kind, shares, **changes):
+    """An iteration: metrics, parameters, what was made on the way."""
+    run, drawn, method = made(kind, shares, **changes)
     optimizer = optax.sgd(0.1)
     asked = (rewards.on_device(even, params={"worth": jnp.ones(())}),)
     parts = iteration.build(run, tiny.model(), method, optimizer, asked, settings=drawn)
@@ -78,11 +84,36 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_what_is_noted_of_completions_is_equal(name):
+    """Log-probabilities of policy and reference, values: operation by operation, since each program runs once."""
+    kind, changes = CASES[name]
+    _, _, plain = made(kind, groups.NONE, **changes)
+    asked = prompts()
+    repeated = jax.tree.map(lambda x: np.repeat(np.asarray(x), 3, axis=0), asked)
+    width, new = repeated.ids.shape[1], np.random.default_rng(0).integers(0, 61, (12, 5)).astype(np.int32)
+    written = np.arange(5) < np.asarray([5, 1, 3, 0, 5, 5, 2, 4, 5, 1, 2, 3])[:, None]
+    tokens = Tokens(
+        ids=jnp.asarray(np.concatenate([repeated.ids, new], 1)),
+        segments=jnp.asarray(np.concatenate([repeated.segments, written], 1).astype(np.int32)),
+        mask=jnp.asarray(np.concatenate([np.zeros((12, width), bool), written], 1)),
+    )
+    rollout = Rollout(tokens=tokens, logps=jnp.zeros(tokens.ids.shape), finished=jnp.ones(12, bool))
+    with jax.disable_jit():
+        notes, same = (m.annotate(m.params, sharp(1), rollout) for m in (plain, made(kind, THREE, **changes)[2]))
+    assert np.abs(np.asarray(notes.logps)).max() > 1
+    assert (notes.values is None) == (kind is not settings.PPO)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4), notes, same)
+
+
+THREE = groups.Shares(3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "grpo")])
 def test_an_iteration_is_equal(name):
     kind, changes = CASES[name]
-    n = 3
     plain, before, trace = learned(kind, groups.NONE, **changes)
-    shared, after, same = learned(kind, groups.Shares(n, n), **changes)
+    shared, after, same = learned(kind, THREE, **changes)
     np.testing.assert_array_equal(trace.rollout.tokens.ids, same.rollout.tokens.ids)
     assert plain.keys() == shared.keys()
     for metric, value in plain.items():

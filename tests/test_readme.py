@@ -37,7 +37,8 @@ def test_snippets_run_and_print_what_they_say(capsys):
 def test_the_online_snippet_is_an_experiment_that_runs(small, tmp_path):
     file = tmp_path / "happy.py"
     file.write_text(SNIPPETS[3])
-    argv = ["run", str(file), "--model", str(small), "--steps", "2", "--mesh.fsdp", "1", "--out", str(tmp_path)]
+    short = ["--steps", "1", "--batch", "4", "--max-completion", "8", "--no-checks", "--mesh.fsdp", "1"]
+    argv = ["run", str(file), "--model", str(small), "--out", str(tmp_path), *short]
     assert cli.main(argv) == 0
     assert (tmp_path / "happy" / "report.md").exists()
     space = {}
@@ -59,6 +60,7 @@ def test_the_environment_snippet_trains(small, tmp_path):
         steps=1,
         batch=4,
         eval_rows=2,
+        checks=False,
         mesh=functools.partial(sharding.make_mesh, fsdp=1),
         out=str(tmp_path),
         name="rhyming",

@@ -16,6 +16,7 @@ from rljax.types import Rollout, Tokens
 from tests import tiny
 
 GENERATE = functools.partial(sampling.generate, tiny.model(), max_new_tokens=6)
+TABLE = functools.partial(sampling.generate, tiny.bigram(), max_new_tokens=6)  # where no attention is looked at
 STOPS = (3, 7, 11, 12, 13, 14, 15, 16, 17)  # so many that random rows end early
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}  # given as numbers: one compilation for all values
 
@@ -54,51 +55,60 @@ def test_greedy_equals_the_uncached_model(side):
     assert int(tokens.mask.sum()) == 24
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def seen(model, params, tokens, settings):
+    """(log-probabilities and entropy of the trainer, those of the uncached model, filtered outside of both)."""
+    trained, entropy = logprobs.token_logps_and_entropy(model, params, tokens, sampling=settings)
+    logits = model.unembed(params, model.apply(params, tokens.ids, tokens.segments).hidden[:, 4:-1])
+    early = (jnp.arange(6) < settings.min_new_tokens)[None, :, None]
+    forbidden = early & jnp.isin(jnp.arange(61), jnp.asarray(settings.stop_ids, jnp.int32))[None, None]
+    cuts = {name: getattr(settings, name) for name in ("top_k", "top_p", "min_p")}
+    left = filter_logits(logits, temperature=settings.temperature, forbidden=forbidden, **cuts)
+    return trained, entropy, jnp.where(tokens.mask[:, 5:], ops.aligned_logps(left, tokens.ids[:, 5:]), 0.0)
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("model", "settings"),
     [
-        Sampling(),
-        Sampling(temperature=0.7),
-        Sampling(temperature=0.0),
-        Sampling(top_p=0.8),
-        Sampling(min_p=0.2),
-        Sampling(top_k=4),
-        Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.05, min_new_tokens=3, stop_ids=STOPS),
-        Sampling(temperature=0.0, top_k=20, min_new_tokens=3, stop_ids=STOPS),
+        ("whole", Sampling()),
+        ("table", Sampling(temperature=0.7)),
+        ("table", Sampling(temperature=0.0)),
+        ("table", Sampling(top_p=0.8)),
+        ("table", Sampling(min_p=0.2)),
+        ("table", Sampling(top_k=4)),
+        (
+            "whole",
+            Sampling(temperature=1.5, top_k=20, top_p=0.9, min_p=0.05, min_new_tokens=3, stop_ids=STOPS),
+        ),
+        ("table", Sampling(temperature=0.0, top_k=20, min_new_tokens=3, stop_ids=STOPS)),
     ],
-    ids=lambda s: ",".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items() if v != getattr(Sampling(), k)),
+    ids=lambda s: (
+        s
+        if isinstance(s, str)
+        else ",".join(f"{k}={v}" for k, v in dataclasses.asdict(s).items() if v != getattr(Sampling(), k))
+    ),
 )
-def test_logps_are_those_of_the_distribution_and_of_the_trainer(settings):
+def test_logps_are_those_of_the_distribution_and_of_the_trainer(model, settings):
     """TRAPS 20, 21, 22. The distribution is that of the uncached model, filtered outside of sampler and trainer."""
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    rollout = GENERATE(tiny.params(), prompts(8), jax.random.key(1), **NEUTRAL | numbers)
-    tokens = rollout.tokens
-    trained, entropy = logprobs.token_logps_and_entropy(tiny.model(), tiny.params(), tokens, sampling=settings)
+    model, params = (tiny.model(), tiny.params()) if model == "whole" else (tiny.bigram(), tiny.bigram_params())
+    kwargs = NEUTRAL | numbers | {"max_new_tokens": 6}
+    rollout = sampling.generate(model, params, prompts(8), jax.random.key(1), **kwargs)
+    trained, entropy, expected = seen(model, params, rollout.tokens, settings)
     np.testing.assert_allclose(rollout.logps, trained, atol=1e-5)
-
-    hidden = tiny.model().apply(tiny.params(), tokens.ids, tokens.segments).hidden[:, 4:-1]
-    logits = tiny.model().unembed(tiny.params(), hidden)
-    early = (jnp.arange(6) < settings.min_new_tokens)[None, :, None]
-    forbidden = early & jnp.isin(jnp.arange(61), jnp.asarray(settings.stop_ids))[None, None]
-    cuts = {name: numbers.get(name) for name in ("top_k", "top_p", "min_p")}
-    left = filter_logits(logits, temperature=settings.temperature, forbidden=forbidden, **cuts)
-    mask = tokens.mask[:, 5:]
-    expected = jnp.where(mask, ops.aligned_logps(left, tokens.ids[:, 5:]), 0.0)
     np.testing.assert_allclose(rollout.logps[:, 5:], expected, atol=1e-5)
-    assert mask[:, :3].all() or not settings.min_new_tokens
+    assert rollout.tokens.mask[:, 5:8].all() or not settings.min_new_tokens
     assert (float(entropy.max()) > 0) == (settings.temperature > 0)
 
 
 def test_samples_follow_the_filtered_distribution():
     """Frequencies of the first of n tokens match the probabilities, and what is cut is never drawn."""
-    settings = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
+    settings, model, params = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}, tiny.bigram(), tiny.bigram_params()
     one, n = jax.tree.map(lambda x: x[:1], prompts()), 8000
+    logits = model.unembed(params, model.apply(params, one.ids, one.segments).hidden[:, -1])
     for kwargs in (settings, settings | {"top_k": None, "top_p": 1.0, "temperature": 1.0}):
-        rollout = sampling.generate(
-            tiny.model(), tiny.params(), one, jax.random.key(5), max_new_tokens=1, n=n, min_p=0.0, **kwargs
-        )
-        hidden = tiny.model().apply(tiny.params(), one.ids, one.segments).hidden[:, -1]
-        p = np.asarray(jax.nn.softmax(filter_logits(tiny.model().unembed(tiny.params(), hidden), **kwargs))[0])
+        rollout = sampling.generate(model, params, one, jax.random.key(5), max_new_tokens=1, n=n, min_p=0.0, **kwargs)
+        p = np.asarray(jax.nn.softmax(filter_logits(logits, **kwargs))[0])
         found = np.bincount(np.asarray(rollout.tokens.ids[:, -1]), minlength=61)
         assert found[p == 0].sum() == 0
         likely = p * n > 5  # Pearson's statistic: its mean is the number of classes less one, its variance twice that
@@ -151,16 +161,20 @@ def test_a_row_depends_neither_on_companions_nor_on_its_place():
     turned = jnp.asarray([2, 0, 3, 1])
     elsewhere = GENERATE(tiny.params(), jax.tree.map(lambda x: x[turned], prompts()), keys[turned], **NEUTRAL)
     assert_same(elsewhere, jax.tree.map(lambda x: x[turned], whole))
-    raw = GENERATE(tiny.params(), prompts(), jax.random.key_data(jax.random.key(2)), **NEUTRAL)  # an old-style key
-    assert_same(raw, whole)
     with pytest.raises(ValueError, match="2 keys for 4 rows"):
         GENERATE(tiny.params(), prompts(), keys[:2])
 
 
+def test_an_old_style_key_is_the_same_key():
+    key = jax.random.key(2)
+    new, old = (TABLE(tiny.bigram_params(), prompts(), k, **NEUTRAL) for k in (key, jax.random.key_data(key)))
+    assert_same(old, new)
+
+
 def test_stop_tokens_end_rows_and_are_trained_once():
-    free = GENERATE(tiny.params(), prompts(), jax.random.key(4), **NEUTRAL)
+    free = TABLE(tiny.bigram_params(), prompts(), jax.random.key(4), **NEUTRAL)
     stops = (int(free.tokens.ids[0, 5]), int(free.tokens.ids[1, 7]))  # row 0 stops at once, row 1 at its third
-    rollout = GENERATE(tiny.params(), prompts(), jax.random.key(4), stop_ids=stops)
+    rollout = TABLE(tiny.bigram_params(), prompts(), jax.random.key(4), stop_ids=stops)
     new = np.asarray(rollout.tokens.ids)[:, 5:], np.asarray(rollout.tokens.mask)[:, 5:]
     assert bool(rollout.finished[0])
     assert bool(rollout.finished[1])
@@ -175,10 +189,10 @@ def test_stop_tokens_end_rows_and_are_trained_once():
 
 
 def test_one_new_token_and_refused_numbers():
-    rollout = sampling.generate(tiny.model(), tiny.params(), prompts(), jax.random.key(0), max_new_tokens=1)
+    rollout = sampling.generate(tiny.bigram(), tiny.bigram_params(), prompts(), jax.random.key(0), max_new_tokens=1)
     assert rollout.tokens.ids.shape == (4, 6)
     assert int(rollout.tokens.mask.sum()) == 4
-    refused = functools.partial(sampling.generate, tiny.model(), tiny.params(), prompts(), jax.random.key(0))
+    refused = functools.partial(sampling.generate, tiny.bigram(), tiny.bigram_params(), prompts(), jax.random.key(0))
     for kwargs, said in (
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"n": 0}, "n must be at least 1"),
@@ -192,25 +206,26 @@ def test_one_new_token_and_refused_numbers():
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
 def test_numbers_that_no_distribution_has_are_refused(kind):
     """Also where they would be traced: inverted or empty distributions are sampled from without complaint."""
-    refused = functools.partial(GENERATE, tiny.params(), prompts(), jax.random.key(0))
+    refused = functools.partial(TABLE, tiny.bigram_params(), prompts(), jax.random.key(0))
     for name, value in (("temperature", -1), ("temperature", np.nan), ("top_p", 1.5), ("min_p", 2), ("min_p", -1)):
         with pytest.raises(ValueError, match=f"{name} is {float(value)}"):
             refused(**{name: kind(value)})
-    traced = jax.jit(lambda t: GENERATE(tiny.params(), prompts(), jax.random.key(0), temperature=t))
+    traced = jax.jit(lambda t: TABLE(tiny.bigram_params(), prompts(), jax.random.key(0), temperature=t))
     assert_same(traced(0.7), refused(temperature=kind(0.7)))
 
 
-@pytest.mark.parametrize(("n", "slots"), [(1, 2), (2, 8), (1, 5)])
-def test_slots_change_nothing_about_the_rows(n, slots):
+@pytest.mark.parametrize(("n", "slots", "whole"), [(1, 2, False), (2, 8, True), (1, 5, False)])
+def test_slots_change_nothing_about_the_rows(n, slots, whole):
     """13 prompts, among them an empty one, through fewer slots: the tokens of all rows at once, to the last."""
     many = prompts(13, 7)
     many = dataclasses.replace(many, segments=many.segments.at[4].set(0))
     kwargs = {"n": n, "stop_ids": STOPS, "min_new_tokens": 1, "max_new_tokens": 9}
-    plain = GENERATE(tiny.params(), many, jax.random.key(0), **kwargs)
+    generate = functools.partial(*(GENERATE, tiny.params()) if whole else (TABLE, tiny.bigram_params()))
+    plain = generate(many, jax.random.key(0), **kwargs)
     lengths = plain.tokens.mask.sum(1)
     assert len(set(lengths.tolist())) > 4
     assert int(lengths[4 * n]) == 0
-    assert_same(GENERATE(tiny.params(), many, jax.random.key(0), slots=slots, **kwargs), plain)
+    assert_same(generate(many, jax.random.key(0), slots=slots, **kwargs), plain)
 
 
 def test_windows_and_many_ropes_in_slots():
@@ -226,7 +241,7 @@ def test_one_compilation_per_shape():
     sampling._generate.clear_cache()
     for seed, temperature in enumerate((1.0, 0.5, 0.0)):
         for width in (5, 6):
-            GENERATE(tiny.params(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
+            TABLE(tiny.bigram_params(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
     assert sampling._generate._cache_size() == 2
 
 
@@ -243,7 +258,7 @@ def test_caches_are_updated_in_place(slots):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slots", [None, 4])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.long), 4])
 def test_a_mesh_samples_the_same(slots):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     params = jax.device_put(tiny.params(), sharding.shardings(tiny.params(), RULES, mesh))

@@ -19,12 +19,12 @@ from tests import tiny
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 
 
-def preference_loss(**kwargs):
-    return objectives.preference(tiny.model(), functools.partial(losses.dpo_loss, beta=0.1), **kwargs)
+def preference_loss(model=tiny.bigram, **kwargs):
+    return objectives.preference(model(), functools.partial(losses.dpo_loss, beta=0.1), **kwargs)
 
 
-def step(loss_fn, batch, **kwargs):
-    state = train.init_state(tiny.params(), OPTIMIZER)
+def step(loss_fn, batch, params=tiny.bigram_params, **kwargs):
+    state = train.init_state(params(), OPTIMIZER)
     return train.make_update(loss_fn, OPTIMIZER, **kwargs)(state, batch)
 
 
@@ -49,8 +49,8 @@ def test_update_by_hand():
 def test_nothing_to_learn_from_moves_nothing():
     """No token is trained (every pair tied, no demonstration kept): no momentum, no weight decay, no moments."""
     optimizer = optax.adamw(0.1, weight_decay=0.5)
-    update = train.make_update(objectives.supervised(tiny.model()), optimizer)
-    state, _ = update(train.init_state(tiny.params(), optimizer), tiny.tokens())
+    update = train.make_update(objectives.supervised(tiny.bigram()), optimizer)
+    state, _ = update(train.init_state(tiny.bigram_params(), optimizer), tiny.tokens())
     before = jax.tree.map(np.asarray, state)
     empty = dataclasses.replace(tiny.tokens(), mask=jnp.zeros_like(tiny.tokens().mask))
     state, metrics = update(state, empty)
@@ -59,16 +59,23 @@ def test_nothing_to_learn_from_moves_nothing():
     assert values(metrics)["grad_norm"] == 0.0
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-@pytest.mark.parametrize("objective", ["preference", "supervised"])
-def test_microbatches_are_exact(objective, microbatches):
+DECODER, TABLE = (tiny.model, tiny.params), (tiny.bigram, tiny.bigram_params)
+
+
+@pytest.mark.parametrize(
+    ("objective", "microbatches", "whole"),
+    [("preference", 2, DECODER), ("preference", 4, TABLE), ("supervised", 2, TABLE), ("supervised", 4, TABLE)],
+    ids=lambda x: None if isinstance(x, tuple) else str(x),
+)
+def test_microbatches_are_exact(objective, microbatches, whole):
     """Uneven masks, unequal lengths, distinct prompts, one empty row: loss, gradient and every metric (TRAPS 3, 5)."""
+    model, params = whole
     if objective == "preference":
-        loss_fn, batch = preference_loss(nll_weight=0.5), tiny.pairs(empty=(5,))
+        loss_fn, batch = preference_loss(model, nll_weight=0.5), tiny.pairs(empty=(5,))
     else:
-        loss_fn, batch = objectives.supervised(tiny.model()), tiny.tokens(empty=(5,))
-    whole, whole_metrics = step(loss_fn, batch)
-    cut, cut_metrics = step(loss_fn, batch, microbatches=microbatches)
+        loss_fn, batch = objectives.supervised(model()), tiny.tokens(empty=(5,))
+    whole, whole_metrics = step(loss_fn, batch, params)
+    cut, cut_metrics = step(loss_fn, batch, params, microbatches=microbatches)
     chex.assert_trees_all_close(whole.params, cut.params, atol=2e-5)
     chex.assert_trees_all_close(values(whole_metrics), values(cut_metrics), rtol=1e-5, atol=1e-6)
 
@@ -89,18 +96,18 @@ def test_all_empty_batch_gives_zero_gradient():
 
 
 def test_the_state_is_donated_and_the_callers_params_live():
-    state = train.init_state(tiny.params(), OPTIMIZER)
-    kernel = state.params["embed"]["tokens"]
+    state = train.init_state(tiny.bigram_params(), OPTIMIZER)
+    table = state.params["table"]
     train.make_update(preference_loss(), OPTIMIZER)(state, tiny.pairs())
-    assert kernel.is_deleted()
-    chex.assert_tree_all_finite(tiny.params())
+    assert table.is_deleted()
+    chex.assert_tree_all_finite(tiny.bigram_params())
 
 
 def test_one_compile_for_many_steps():
     chex.clear_trace_counter()
     loss_fn = chex.assert_max_traces(preference_loss(), n=1)
     update = train.make_update(loss_fn, OPTIMIZER)
-    state = train.init_state(tiny.params(), OPTIMIZER)
+    state = train.init_state(tiny.bigram_params(), OPTIMIZER)
     for seed in range(3):
         state, _ = update(state, tiny.pairs(seed=seed))
     assert int(state.step) == 3
@@ -113,10 +120,22 @@ def test_unequal_microbatches_are_refused():
         train.make_update(preference_loss(), OPTIMIZER, microbatches=0)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 4, "fsdp": 2}])
+@functools.cache
+def on_one_device():
+    return step(preference_loss(tiny.model), tiny.pairs(empty=(3,)), tiny.params)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        pytest.param({"fsdp": 8}, marks=pytest.mark.long),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"tensor": 4, "fsdp": 2}, marks=pytest.mark.long),
+    ],
+)
 def test_same_update_on_any_mesh(axes):
-    loss_fn, batch = preference_loss(), tiny.pairs(empty=(3,))
-    expected, expected_metrics = step(loss_fn, batch, microbatches=1)
+    loss_fn, batch = preference_loss(tiny.model), tiny.pairs(empty=(3,))
+    expected, expected_metrics = on_one_device()
     mesh = sharding.make_mesh(**axes)
     state = train.init_state(tiny.params(), OPTIMIZER)
     shardings = sharding.shardings(state, models.RULES, mesh)
@@ -131,7 +150,7 @@ def test_same_update_on_any_mesh(axes):
 
 
 def test_bfloat16_parameters_accumulate_in_float32():
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.bigram_params())
     state = train.init_state(params, optax.sgd(1e-2))
     state, _ = train.make_update(preference_loss(), optax.sgd(1e-2), microbatches=4)(state, tiny.pairs())
     assert isinstance(state, TrainState)

@@ -30,9 +30,9 @@ CHAT = (
 
 
 @pytest.fixture(scope="module")
-def trained(stories):
-    """(policy, reward model's params): stories260K with a random head and a bias."""
-    start = policy.load(str(stories))
+def trained(small):
+    """(policy, reward model's params): Two layers of stories260K with a random head and a bias."""
+    start = policy.load(str(small))
     head = models.scalar_head(start.model.config.hidden_size).init(jax.random.key(1))
     return start, {"model": start.params, "head": {**head, "bias": jnp.asarray(0.25)}}
 
@@ -74,8 +74,8 @@ def test_few_programs_are_compiled(folder):
     assert checkpoints._open(reward.fn).score._cache_size() <= 2  # widths 16 and 30
 
 
-def test_a_long_row_loses_the_beginning_of_its_prompt(folder, stories):
-    tokenizer = resolve.load_tokenizer(stories)
+def test_a_long_row_loses_the_beginning_of_its_prompt(folder, small):
+    tokenizer = resolve.load_tokenizer(small)
     tokenizer.add_bos_token = True
     whole = data.completion_example({"prompt": PROMPTS[3], "completion": COMPLETIONS[3]}, tokenizer)
     limit = len(whole.ids) - 4
@@ -108,10 +108,10 @@ def test_with_the_policys_tokenizer_a_decoder_scores_tokens_on_the_device(folder
     assert per_token is None
 
 
-def test_another_tokenizer_keeps_it_on_the_host(folder, stories):
-    other = resolve.load_tokenizer(stories)
+def test_another_tokenizer_keeps_it_on_the_host(folder, small):
+    other = resolve.load_tokenizer(small)
     other.chat_template = CHAT
-    assert not checkpoints.same_tokenizer(other, resolve.load_tokenizer(stories))
+    assert not checkpoints.same_tokenizer(other, resolve.load_tokenizer(small))
     assert not rewards.opened([rewards.from_checkpoint(folder)], other)[0].on_device
 
 
@@ -129,23 +129,23 @@ SETTINGS = {"kind": "RewardModel", "dtype": "float32", "best": None, "best_mode"
 
 
 @pytest.fixture(scope="module")
-def run(trained, stories, tmp_path_factory):
+def run(trained, small, tmp_path_factory):
     """A run of a reward model, as `offline.RewardModel` leaves it."""
     run = tmp_path_factory.mktemp("runs") / "run"
     run.mkdir()
-    write_json(run / "experiment.json", {**SETTINGS, "model": str(stories)})
+    write_json(run / "experiment.json", {**SETTINGS, "model": str(small)})
     with Checkpoints(run / "checkpoints") as saved:
         saved.save(3, {"params": trained[1]}, {})
     return run
 
 
-def test_a_run_of_ours(trained, run, tmp_path, stories, expected):
+def test_a_run_of_ours(trained, run, tmp_path, small, expected):
     start, _ = trained
     reward = rewards.from_checkpoint(run)
     np.testing.assert_allclose(reward(PROMPTS, COMPLETIONS), expected, rtol=2e-4, atol=2e-5)
     assert rewards.opened([reward], start.tokenizer)[0].on_device
 
-    write_json(tmp_path / "experiment.json", {**SETTINGS, "model": str(stories), "kind": "SFT"})
+    write_json(tmp_path / "experiment.json", {**SETTINGS, "model": str(small), "kind": "SFT"})
     with Checkpoints(tmp_path / "checkpoints") as saved:
         saved.save(1, {"params": start.params}, {})
     with pytest.raises(ValueError, match="is the run of a policy, which gives no rewards"):
@@ -195,7 +195,7 @@ def test_in_a_run_a_judge_on_the_host_is_apart_from_the_mesh(run, trained, expec
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {1}
 
 
-def test_in_a_run_what_is_loaded_is_on_its_mesh(run, stories, trained):
+def test_in_a_run_what_is_loaded_is_on_its_mesh(run, small, trained):
     """An experiment's own `evaluate` opens another run or checkpoint: beside it they can be computed with."""
     mesh, (_, params) = make_mesh(fsdp=2, tensor=2), trained
     places = shardings(params, models.RULES, mesh)
@@ -217,7 +217,7 @@ def test_parameters_of_other_rewards_come_to_the_mesh():
     assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(reward.params))
 
 
-def test_wrong_paths_are_found_when_opened_and_named_while_judging(tmp_path, stories):
+def test_wrong_paths_are_found_when_opened_and_named_while_judging(tmp_path, small):
     reward = rewards.from_checkpoint(tmp_path / "nothing")
     with pytest.raises(ValueError, match="there is no folder"):
         rewards.opened([reward])
@@ -225,9 +225,9 @@ def test_wrong_paths_are_found_when_opened_and_named_while_judging(tmp_path, sto
     with pytest.raises(rewards.RewardError, match=r"the reward nothing failed .*there is no folder"):
         judging.result(timeout=60)
     with pytest.raises(ValueError, match=r"no score\.weight: it is not a reward model"):
-        rewards.opened([rewards.from_checkpoint(stories)])
+        rewards.opened([rewards.from_checkpoint(small)])
     with pytest.raises(ValueError, match="output is 'odds'; choose one of 'logit', 'probability'"):
-        rewards.from_checkpoint(stories, output="odds")
+        rewards.from_checkpoint(small, output="odds")
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
