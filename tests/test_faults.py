@@ -32,6 +32,7 @@ from rljax.finite import NotFiniteError
 from tests.test_programs import state_bits
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)
 ROWS = [
     {"prompt": f"The {a}", "chosen": f" was {a}.", "rejected": " is sad."} for a in ("cat", "dog", "hat", "car")
 ] * 5
@@ -78,9 +79,9 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def common(stories, rows):
+def common(small, rows):
     return {
-        "model": str(stories),
+        "model": str(small),
         "data": rows,
         "steps": 4,
         "batch": 4,
@@ -109,7 +110,7 @@ def kind(request, common, tmp_path_factory):
     if request.param == "offline":
         made = offline.Preference(loss=functools.partial(losses.dpo_loss, beta=0.1), **common, out=str(out))
     else:
-        made = online.PPO(reward=vowels, epochs=1, minibatches=2, evidence=0, **common, out=str(out))
+        made = online.PPO(reward=vowels, critic="shared", epochs=1, minibatches=2, evidence=0, **common, out=str(out))
     yield from _kind(offline if request.param == "offline" else online, made)
 
 
@@ -230,7 +231,7 @@ def metrics(out):
 # --- not finite -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize("step", [3, LONG(4)])
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_stays(kind, tmp_path, monkeypatch, step):
     poison(monkeypatch, kind[0], step)
     with pytest.raises(NotFiniteError, match=f"^step {step}: the loss and the gradient of .* are not finite") as error:
@@ -268,7 +269,7 @@ def test_a_run_whose_updates_are_all_left_out_ends(kind, tmp_path, monkeypatch):
 # --- what raises ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [ValueError("the template refuses"), SystemExit(3), Gone()], ids=str)
+@pytest.mark.parametrize("error", [ValueError("the template refuses"), LONG(SystemExit(3)), Gone()], ids=str)
 def test_what_a_step_raises_costs_nothing_that_was_learned(kind, tmp_path, error):
     """Offline the batch (its row, its template), online the update."""
     Fault.at, Fault.error = 4, error
@@ -280,7 +281,7 @@ def test_what_a_step_raises_costs_nothing_that_was_learned(kind, tmp_path, error
     same(kind, tmp_path)
 
 
-@pytest.mark.parametrize("when", ["middle", "end"])
+@pytest.mark.parametrize("when", ["middle", LONG("end")])
 def test_held_out_rows_that_cannot_be_measured_are_owed(kind, tmp_path, monkeypatch, when):
     calls, number = [], {"middle": 2, "end": 3}[when]  # the first is before training
     where, name = (offline, "_evaluate") if kind[0] is offline else (evaluation, "write")
@@ -301,7 +302,7 @@ def test_held_out_rows_that_cannot_be_measured_are_owed(kind, tmp_path, monkeypa
     same(kind, tmp_path)
 
 
-@pytest.mark.parametrize("error", [KeyError("gone"), SystemExit(0), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [LONG(KeyError("gone")), SystemExit(0), LONG(KeyboardInterrupt())], ids=repr)
 def test_an_evaluation_of_ones_own_that_fails_costs_itself_alone(kind, tmp_path, capsys, error):
     Measured.at, Measured.error = 2, error  # after training
     assert start(kind, tmp_path) == 1
@@ -372,7 +373,7 @@ def test_a_record_that_cannot_be_written_leaves_the_checkpoint_before(kind, tmp_
     same(kind, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["deleted", "renamed", "replaced"])
+@pytest.mark.parametrize("how", [LONG("deleted"), "renamed", LONG("replaced")])
 def test_a_folder_that_goes_away_is_noticed(kind, tmp_path, monkeypatch, how):
     real = tracking.Tracker.log
     away = tmp_path / "away"

@@ -299,7 +299,7 @@ def test_groups_stand_beside_their_prompt(once):
     assert len(np.unique(np.asarray(tokens.ids)[:3, 6:], axis=0)) > 1  # the n samples of a prompt differ
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_vmap_over_seeds(group, step):
     """A sweep is one program: each seed gets what it gets alone."""
     keys = jax.random.split(KEY, 2)
@@ -319,7 +319,7 @@ def test_vmap_over_seeds(group, step):
 # --- the greedy baseline ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_remax_in_one_program():
     """The baseline of every row is the reward of its prompt's greedy completion."""
     made = build(

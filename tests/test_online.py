@@ -18,7 +18,6 @@ import pytest
 from rljax import (
     artefacts,
     cli,
-    collect,
     data,
     loop,
     models,
@@ -37,10 +36,12 @@ from rljax.errors import UserError
 from rljax.metrics import define
 from rljax.models import hf
 from tests.test_programs import state_bits
+from tests.traced import traced
 
 WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
 STEPS = 4
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evidence.jsonl")
+LONG = functools.partial(pytest.param, marks=pytest.mark.long)
 
 
 # What the reward `vowels` does at a certain call (1 is the evaluation before training), once. It is a module, since of
@@ -85,41 +86,47 @@ def trouble():
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("data")
+    data.write_jsonl(folder / "texts.jsonl", [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS])
     rows = [{"prompt": f"Once there was a {a}. The {b}", "word": a} for a in WORDS for b in WORDS[:4]]
-    return str(data.write_jsonl(tmp_path_factory.mktemp("data") / "prompts.jsonl", rows))
+    return str(data.write_jsonl(folder / "prompts.jsonl", rows))
+
+
+def common(model, prompts, out, **changes):
+    return {
+        "model": str(model),
+        "data": prompts,
+        "reward": vowels,
+        "steps": STEPS,
+        "batch": 4,
+        "max_prompt": 32,
+        "max_completion": 6,
+        "learning_rate": 1e-3,
+        "eval_every": 2,
+        "save_every": 3,
+        "eval_rows": 4,
+        "samples": 2,
+        "evidence": 2,
+        "checks": False,  # but for those that a test looks at
+        "remat": "none",
+        "mesh": functools.partial(sharding.make_mesh, fsdp=1),
+        "schedule": train.constant,
+        "out": str(out),
+        "name": "run",
+    } | changes
 
 
 @pytest.fixture(scope="module")
 def settings(small, prompts):
-    def common(out, **changes):
-        return {
-            "model": str(small),
-            "data": prompts,
-            "reward": vowels,
-            "steps": STEPS,
-            "batch": 4,
-            "max_prompt": 32,
-            "max_completion": 6,
-            "learning_rate": 1e-3,
-            "eval_every": 2,
-            "save_every": 3,
-            "eval_rows": 4,
-            "samples": 2,
-            "evidence": 2,
-            "remat": "none",
-            "mesh": functools.partial(sharding.make_mesh, fsdp=1),
-            "schedule": train.constant,
-            "out": str(out),
-            "name": "run",
-        } | changes
-
-    return common
+    return functools.partial(common, small, prompts)
 
 
 def ppo(settings, out, **changes):
-    """PPO with all that has a state: critic, running normalisation, adaptive KL, average."""
+    """PPO with all that has a state: critic, running normalisation, adaptive KL, average; and pretraining text."""
     options = {"epochs": 2, "minibatches": 2, "kl_target": 2.0, "kl_horizon": 50, "normalize_running": True, "ema": 0.9}
-    return online.PPO(**settings(out) | options | changes)
+    options |= {"temperature": 0.7, "microbatches": 2, "pretrain_batch": 4, "pretrain_coef": 1.0}
+    made = settings(out) | options | changes
+    return online.PPO(**made, pretrain_data=str(pathlib.Path(made["data"]).with_name("texts.jsonl")))
 
 
 def metrics_of(run: pathlib.Path):
@@ -133,18 +140,33 @@ def same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+# What a run has and its compiled functions do not know; with a constant learning rate the number of steps is among it.
+FREE = {"out": "", "name": "", "steps": 1, "save_every": 1, "eval_every": 1, "eval_rows": 1, "samples": 0}
+FREE |= {"checks": False, "evaluate": None, "eval_data": None, "best": None, "patience": None, "reward_timeout": 1.0}
+
+
+def alike(run, asked, example) -> str:
+    """Equal where the compiled functions are. Parameters of rewards are arguments of theirs, and critics' too."""
+    assert run.schedule is train.constant
+    free = FREE | {"evidence": 0, "reward": None, "environment": run.environment is not None, "accept_changes": ""}
+    if getattr(run, "critic", "shared") != "shared":
+        free["critic"] = "policy"
+    known = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)} | free
+    judged = [(one.name, one.fn, one.weight) for one in asked]
+    return repr((type(run), known, judged, jax.tree.map(jnp.shape, example[3])))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def once():
     """Equal experiments are compiled once here: what a start of its own compiles, tests with processes see."""
     compiled, kept = online_setup._compile, {}
 
-    def known(run, *rest):
-        alike = dataclasses.replace(run, out="", name="", save_every=1, reward_timeout=1.0)
-        if collect.queued(run):
-            return compiled(run, *rest)  # and an empty queue with it
-        if repr(alike) not in kept:
-            kept[repr(alike)] = compiled(run, *rest), run  # the latter, so that its functions keep their addresses
-        return kept[repr(alike)][0]
+    def known(run, parts, method, shardings, example, asked, tracker):
+        name = alike(run, asked, example)
+        if name not in kept:  # with the run and its rewards, so that functions keep their addresses
+            kept[name] = compiled(run, parts, method, shardings, example, asked, tracker), run, asked
+        found = kept[name][0]
+        return found | {"queue": jax.tree.map(np.copy, found["queue"])}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online_setup, "_compile", known)
@@ -173,7 +195,7 @@ def test_metrics_have_the_familiar_names(finished):
         "objective/kl_coef", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/updates", "val/ratio", "val/mean",
         "val/explained_variance", "loss/policy_avg", "loss/value_avg", "loss", "grad_norm", "learning_rate",
         "completions/mean_length", "completions/clipped_ratio", "rewards/vowels/mean", "rewards/vowels/std",
-        "rewards/none_ratio",
+        "rewards/none_ratio", "loss/pretrain_avg",
     }  # fmt: skip
     for record in records[1:]:
         assert names <= set(record)
@@ -192,6 +214,7 @@ def test_metrics_have_the_familiar_names(finished):
     assert first["objective/rlhf_reward"] == pytest.approx(
         first["objective/scores"] + first["objective/non_score_reward"], abs=1e-5
     )
+    assert records[-1]["loss/pretrain_avg"] < first["loss/pretrain_avg"]
 
 
 def test_a_run_leaves_what_it_should(finished):
@@ -250,7 +273,7 @@ def test_what_is_exported_is_the_average(finished, small, tmp_path):
     shown = [row for row in tracking.read_rows(run / "samples.jsonl") if row["phase"] == "after"]  # it was evaluated
     asked = [row["prompt"] for row in shown]
     now = policy.load(str(tmp_path / "exported"), dtype="float32")
-    made = policy.complete(now, asked, jax.random.key(0), max_new_tokens=6, batch=4, max_prompt=32)
+    made = policy.complete(now, asked, jax.random.key(0), max_new_tokens=6, batch=4, max_prompt=32, temperature=0.7)
     assert made.texts == [row["completion"] for row in shown]
 
 
@@ -258,7 +281,7 @@ def test_what_is_exported_is_the_average(finished, small, tmp_path):
 def test_selfcheck_says_what_it_found(finished, tmp_path, capsys):
     experiment, run = finished
     before = metrics_of(run)
-    assert online.selfcheck(dataclasses.replace(experiment, out=str(tmp_path), temperature=0.7)) == 0
+    assert online.selfcheck(dataclasses.replace(experiment, out=str(tmp_path))) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("✓") == 9
     assert "an average of the weights (ema=0.9), at the end 66% initial ones" in said  # 0.9⁴
@@ -300,7 +323,7 @@ def test_a_reward_that_raises_stops_the_run_after_saving(finished, settings, tro
     same_run(tmp_path / "run", finished[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_that_fails_in_an_evaluation_owes_it(finished, settings, trouble, tmp_path):
     """The step is saved, its evaluation comes first when the run goes on, and its record is one line."""
     saved, message = interrupted(ppo(settings, tmp_path), trouble, 4, "nan")
@@ -313,13 +336,13 @@ def test_a_reward_that_fails_in_an_evaluation_owes_it(finished, settings, troubl
 @pytest.mark.parametrize(
     ("at", "what", "saved", "message"),
     [
-        (2, "count", [0], "it returned 3 values for 4 completions"),
-        (5, "text", [2], "str 'good' where a number belongs"),
-        (6, "hang", [3], "is not done with 4 rows after 2 seconds"),
-        (7, "raise", [3, 4], "KeyError"),
-        (3, "sigterm", [1], None),
+        LONG(2, "count", [0], "it returned 3 values for 4 completions"),
+        LONG(5, "text", [2], "str 'good' where a number belongs"),
+        LONG(6, "hang", [3], "is not done with 4 rows after 2 seconds"),
+        LONG(7, "raise", [3, 4], "KeyError"),
+        LONG(3, "sigterm", [1], None),
         (4, "sigterm", [2], None),
-        (7, "sigterm", [3, 4], None),
+        LONG(7, "sigterm", [3, 4], None),
     ],
 )
 def test_trouble_of_any_kind_costs_no_bit(finished, settings, trouble, tmp_path, at, what, saved, message):
@@ -370,7 +393,7 @@ def measured(policy, reference, key):
     return online.Evaluation({"my/own": 1.0}, [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_of_ones_own_that_raises_loses_nothing(settings, tmp_path, monkeypatch):
     for name in ("whole", "failed"):
         experiment = ppo(settings, tmp_path / name, evaluate=measured, save_every=100, steps=3)
@@ -405,23 +428,48 @@ def test_trouble_before_training_is_an_error_or_an_end(settings, trouble, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 4, 6])
-def test_a_lag_loses_nothing_when_rewards_fail(settings, trouble, tmp_path, at):
+@pytest.mark.parametrize("at", [3, LONG(4), LONG(6)])
+def test_a_lag_loses_nothing_when_rewards_fail(whole, settings, trouble, tmp_path, at):
     """Rollouts are judged after the update that they wait for: if that fails, the update has not been made."""
-    for name in ("whole", "failed"):
-        changes = {"lag": 1, "group": 2, "old_logps": "trainer", "importance_cap": 2.0, "name": "run"}
-        experiment = presets.rloo(**settings(tmp_path / name) | changes)
-        if name == "failed":
-            interrupted(experiment, trouble, at, "raise")
-        else:
-            assert online.run(experiment) == 0
-    same_run(tmp_path / "failed" / "run", tmp_path / "whole" / "run")
+    interrupted(KINDS["lag"](settings(tmp_path)), trouble, at, "raise")
+    same_run(tmp_path / "run", whole("lag"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ppo", LONG("dapo"), "lag"])
+def test_a_kill_costs_no_bit(finished, whole, settings, trouble, tmp_path, monkeypatch, kind):
+    """Groups that wait for a batch, or rollouts for their iteration, are in the checkpoint; PPO has none so far."""
+    trouble(None, "")
+    experiment = ppo(settings, tmp_path) if kind == "ppo" else KINDS[kind](settings(tmp_path))
+    advance, last = online._advance, 2 if kind == "ppo" else 3
+
+    def killed(run, setup, state, progress, at):
+        if at == last:
+            assert kind == "ppo" or len(state.queue.born)
+            raise Killed
+        return advance(run, setup, state, progress, at)
+
+    monkeypatch.setattr(online, "_advance", killed)
+    monkeypatch.setattr(loop.Loop, "_rescue", lambda *_: None)
+    with pytest.raises(UserError, match="Killed"):
+        online.run(experiment)
+    monkeypatch.undo()
+    saved = [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == ([] if kind == "ppo" else ["3"])
+    assert online.run(experiment) == 0
+    same_run(tmp_path / "run", finished[1] if kind == "ppo" else whole(kind))
 
 
 def small_ids(params, tokens):
     """Thousandths of the sum of the ids; NaN for the one row whose sum is `bad`."""
     total = jnp.sum(jnp.where(tokens.mask, tokens.ids, 0), axis=1) / 1000
-    return jnp.where(jnp.abs(total - params["bad"]) < 1e-4, jnp.nan, total)
+    return jnp.where(jnp.abs(total - params["bad"]) < 1e-4, jnp.nan, total * params["worth"])
+
+
+def by_ids(settings, out, bad=-1.0, worth=1.0, **changes):
+    """GRPO with such a reward."""
+    params = {"bad": jnp.asarray(bad, jnp.float32), "worth": jnp.asarray(worth, jnp.float32)}
+    return presets.grpo(**settings(out) | {"group": 2, "reward": rewards.on_device(small_ids, params=params)} | changes)
 
 
 @pytest.mark.slow
@@ -429,10 +477,7 @@ def test_a_jax_reward_that_is_not_finite_stops_the_run_after_saving(settings, tm
     """One compiled iteration, and nothing of the failed one is kept: mended, the run goes on to the same bits."""
 
     def experiment(name, bad):
-        reward = rewards.on_device(small_ids, params={"bad": jnp.asarray(bad, jnp.float32)})
-        return presets.grpo(
-            **settings(tmp_path / name) | {"group": 2, "reward": reward, "evidence": 99, "eval_every": 1}
-        )
+        return by_ids(settings, tmp_path / name, bad, evidence=99, eval_every=1)
 
     assert online.run(experiment("whole", -1.0)) == 0
     rows = tracking.read_rows(tmp_path / "whole" / "run" / "evidence.jsonl")  # of every row of every step
@@ -475,7 +520,9 @@ KINDS = {
     "gspo": lambda common: presets.gspo(**common | {"group": 2, "minibatches": 2, "microbatches": 2}),
     "remax": lambda common: presets.remax(**common, missing_eos_score=-1.0),
     "reinforce++": lambda common: presets.reinforce_plus_plus(**common),
-    "lag": lambda common: presets.rloo(**common | {"group": 2}, lag=1, old_logps="trainer", importance_cap=2.0),
+    "lag": lambda common: presets.rloo(
+        **common | {"group": 2}, lag=1, old_logps="trainer", importance_cap=2.0, normalize_reference=8
+    ),
     "online dpo": lambda common: presets.online_dpo(**common),
     "raft": lambda common: presets.raft(**common | {"group": 2}),
     "slots": lambda common: presets.grpo(**common | {"group": 2, "slots": 4}),
@@ -483,14 +530,37 @@ KINDS = {
 }
 
 
+RUN = ("lag", "online dpo")  # by default: what waits, and what learns otherwise than PPO, which is `finished`
+# Of the rest tests/test_iteration.py makes iterations, or the experiments' tests trace presets.
+TRACED = ("reference norm", "dapo, jax reward", "one token")
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The folder of a run of a kind, made once."""
+
+    @functools.cache
+    def run(kind):
+        out = tmp_path_factory.mktemp("whole")
+        Trouble.at = None
+        assert online.run(KINDS[kind](settings(out))) == 0
+        return out / "run"
+
+    return run
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_run(settings, tmp_path, kind):
-    Trouble.at = None
-    experiment = KINDS[kind](settings(tmp_path))
-    assert online.run(experiment) == 0
-    learned(tmp_path / "run")
-    last = metrics_of(tmp_path / "run")[-1]
+@pytest.mark.parametrize("kind", TRACED)
+def test_a_kind_of_run_fits_together(settings, tmp_path, kind):
+    assert traced(KINDS[kind](settings(tmp_path)), tmp_path).learner
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind if kind in RUN else LONG(kind) for kind in KINDS])
+def test_every_kind_of_run(whole, kind):
+    run = whole(kind)
+    learned(run)
+    last = metrics_of(run)[-1]
     match kind:
         case "dapo" | "dapo, jax reward":
             assert last["frac_reward_zero_std"] == 0.0
@@ -500,8 +570,8 @@ def test_every_kind_of_run(settings, tmp_path, kind):
             assert last["val/ratio"] == pytest.approx(1.0, abs=1e-4)  # to the trainer's old policy, not the sampler's
             assert last["sampling/logp_difference"] > 1e-3
         case "trainer, filters":
-            assert metrics_of(tmp_path / "run")[1]["objective/kl"] == 0.0
-            assert metrics_of(tmp_path / "run")[1]["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+            assert metrics_of(run)[1]["objective/kl"] == 0.0
+            assert metrics_of(run)[1]["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         case "one token":
             assert last["completions/mean_length"] == 1.0
         case "online dpo":
@@ -510,35 +580,22 @@ def test_every_kind_of_run(settings, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_ptx_beside_the_rollouts(settings, tmp_path):
-    texts = data.write_jsonl(
-        tmp_path / "t.jsonl", [{"text": f"{a} and {b} went to the sea."} for a in WORDS for b in WORDS]
-    )
-    experiment = online.PPO(
-        **settings(tmp_path),
-        pretrain_data=str(texts),
-        pretrain_batch=4,
-        pretrain_coef=1.0,
-        minibatches=2,
-        microbatches=2,
-    )
-    assert online.run(experiment) == 0
-    nll = [record["loss/pretrain_avg"] for record in metrics_of(tmp_path / "run")[1:]]
-    assert nll[-1] < nll[0]
-
-
-@pytest.mark.slow
-def test_a_critic_from_a_reward_model(settings, small, tmp_path):
-    """A folder, or a run of `offline.RewardModel`: values begin as its scores, through its own head."""
+def test_a_critic_from_a_reward_model(finished, settings, small, tmp_path):
+    """Values begin as its scores, through its own head."""
     model, params = hf.load(small, dtype="float32")
     head = models.scalar_head(model.config.hidden_size).init(jax.random.key(1))
     start = policy.load(str(small))
     hf.save_reward(tmp_path / "rm", model, {"model": params, "head": head}, tokenizer=start.tokenizer)
-    assert online.run(online.PPO(**settings(tmp_path), critic=str(tmp_path / "rm"))) == 0
+    assert online.run(ppo(settings, tmp_path, critic=str(tmp_path / "rm"))) == 0
     learned(tmp_path / "run")
-    first = metrics_of(tmp_path / "run")[1]
-    assert abs(first["val/mean"]) > 1e-3  # a head of zeros would say 0
+    first, zeros = metrics_of(tmp_path / "run")[1], metrics_of(finished[1])[1]
+    assert abs(first["val/mean"] - zeros["val/mean"]) > 1e-3  # those of a head that begins with zeros
+    with pytest.raises(ValueError, match="is a run that trained no reward model"):
+        online.run(online.PPO(**settings(tmp_path, name="wrong", critic=str(finished[1]))))
 
+
+@pytest.mark.long
+def test_a_critic_from_a_run_that_trained_a_reward_model(settings, tmp_path):
     pairs = [{"prompt": f"The {a}", "chosen": " is happy.", "rejected": " is sad."} for a in WORDS * 4]
     common = settings(tmp_path, name="trained", data=str(data.write_jsonl(tmp_path / "pairs.jsonl", pairs)), steps=2)
     offline_fields = {field.name for field in dataclasses.fields(offline.RewardModel)}
@@ -546,18 +603,16 @@ def test_a_critic_from_a_reward_model(settings, small, tmp_path):
     mesh = functools.partial(sharding.make_mesh, fsdp=2, tensor=2)
     again = settings(tmp_path, name="again", critic=str(tmp_path / "trained"), steps=1, mesh=mesh)
     assert online.run(online.PPO(**again)) == 0
-    with pytest.raises(ValueError, match="is a run that trained no reward model"):
-        online.run(online.PPO(**settings(tmp_path, name="wrong", critic=str(tmp_path / "run"))))
+
+
+TURNS = {"max_completion": 48, "reward": None, "turn_tokens": 4, "minibatches": 2, "critic": "shared"}
 
 
 @pytest.mark.slow
 def test_an_environment_of_several_turns(settings, tmp_path):
     """Actions are trained, what the environment says is only read; nothing is tokenised twice."""
-    common = settings(tmp_path, max_completion=48, reward=None)
-    experiment = online.PPO(
-        **common, environment=number_guessing(low=1, high=4, max_turns=2), turn_tokens=4, minibatches=2, critic="shared"
-    )
-    assert online.run(experiment) == 0
+    game = number_guessing(low=1, high=4, max_turns=2)
+    assert online.run(online.PPO(**settings(tmp_path, **TURNS), environment=game)) == 0
     learned(tmp_path / "run")
     rows = tracking.read_rows(tmp_path / "run" / "evidence.jsonl")
     assert any(not all(row["mask"]) for row in rows)  # what was said between two actions
@@ -578,17 +633,17 @@ def test_episodes_that_fail_cost_an_evaluation_but_not_the_run(settings, tmp_pat
 
     rooms = Environment(reset, lambda state, text, ids: (state, Turn(None, float(ids.sum() % 7), done=True)), 1)
     ill = str(data.write_jsonl(tmp_path / "ill.jsonl", [{"prompt": "ill"}] * 2))
-    common = settings(tmp_path, reward=None, eval_data=ill, steps=2, group=2, environment=rooms, best="eval/reward")
-    assert online.run(presets.rloo(**common)) == 0
+    common = settings(tmp_path, **TURNS, eval_data=ill, steps=2, environment=rooms, best="eval/reward")
+    assert online.run(online.PPO(**common)) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "2 of 2 episodes failed; number 0: reset: RuntimeError: no such room" in said
     assert said.count("none of the 2 held-out prompts has a reward") == 2
     assert all("eval/reward" not in row for row in metrics_of(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"8 of 8 episodes failed; number 0: .*no such room.*Its row: .*'ill'"):
-        online.run(presets.rloo(**common | {"data": ill, "eval_data": None, "name": "all", "checks": False}))
+    with pytest.raises(ValueError, match=r"4 of 4 episodes failed; number 0: .*no such room.*Its row: .*'ill'"):
+        online.run(online.PPO(**common | {"data": ill, "eval_data": None, "name": "all"}))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_copies_of_an_episode_learn_alike_from_a_shared_prompt(settings, tmp_path):
     """The first update, of two episodes in two copies each, with their prompts computed once and twice."""
 
@@ -610,7 +665,7 @@ def test_copies_of_an_episode_learn_alike_from_a_shared_prompt(settings, tmp_pat
     assert first[True]["grad_norm"] > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_jax_reward_is_learned_in_one_compiled_iteration(settings, tmp_path):
     """The share of tokens that are one of the vowels' letters: a trivial task, which a few iterations solve."""
     wanted = jnp.asarray([token for token in range(512) if token % 3 == 0])
@@ -636,7 +691,7 @@ def test_a_jax_reward_is_learned_in_one_compiled_iteration(settings, tmp_path):
     assert records[-1]["eval/reward"] > records[0]["eval/reward"] + 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_host_rewards_are_learned(settings, tmp_path):
     experiment = online.PPO(
         **settings(tmp_path) | {"steps": 25, "batch": 16, "eval_every": 25, "learning_rate": 2e-3}, kl_reward=0.01
@@ -666,8 +721,8 @@ def test_metrics_do_not_depend_on_the_mesh(settings, tmp_path):
 @pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(settings, tmp_path):
     """With a constant reward nothing is ever better than the first evaluation in training."""
-    changes = {"steps": 20, "eval_every": 1, "best": "eval/reward", "patience": 2, "reward": short, "group": 2}
-    assert online.run(presets.grpo(**settings(tmp_path) | changes)) == 0
+    changes = {"steps": 20, "eval_every": 1, "best": "eval/reward", "patience": 2}
+    assert online.run(by_ids(settings, tmp_path, worth=0.0, **changes)) == 0
     assert metrics_of(tmp_path / "run")[-1]["step"] == 3
     assert tracking.read_rows(tmp_path / "run" / "samples.jsonl")[-1]["phase"] == "after"
     assert artefacts.load_run(tmp_path / "run")[2] == 1

@@ -14,7 +14,7 @@ from rljax import cli, data, tracking
 from tests import compiler
 from tests.test_programs import ROOT, WORDS, state_bits
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long  # tests/test_online.py has such runs in its own process
 
 FILE = """
 import functools, os, pathlib, signal, time
@@ -62,12 +62,12 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def file(stories, tmp_path_factory) -> pathlib.Path:
+def file(small, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"prompt": f"Once there was a {a}. The {b}"} for a in WORDS for b in WORDS[:4]]
     path = folder / "experiment.py"
     texts = str(data.write_jsonl(folder / "prompts.jsonl", rows))
-    path.write_text(FILE.format(model=str(stories), data=texts, out=str(folder)))
+    path.write_text(FILE.format(model=str(small), data=texts, out=str(folder)))
     return path
 
 

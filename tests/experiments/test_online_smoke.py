@@ -1,5 +1,6 @@
 """Two real steps of the online experiments on SmolLM2-135M, on a real tiny checkpoint instead."""
 
+import functools
 import json
 import os
 import pathlib
@@ -7,9 +8,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from rljax import cli, data, tracking
+from rljax import cli, data, models, options, policy, program, tracking
+from rljax.models import hf
+from tests import compiler
+from tests.traced import traced
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 TINY = ["--steps", "2", "--batch", "4", "--eval_rows", "4", "--samples", "2", "--mesh.fsdp", "1"]
@@ -20,9 +25,9 @@ CHAT = (
 
 
 @pytest.fixture
-def chatty(stories, tmp_path) -> pathlib.Path:
-    """stories260K with a chat template."""
-    folder = pathlib.Path(shutil.copytree(stories, tmp_path / "chatty"))
+def chatty(small, tmp_path) -> pathlib.Path:
+    """A small model with a chat template."""
+    folder = pathlib.Path(shutil.copytree(small, tmp_path / "chatty"))
     for file in folder.iterdir():
         file.chmod(0o644)
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -34,13 +39,16 @@ def load(name: str):
     return cli.import_file(EXPERIMENTS / f"{name}.py")
 
 
-def run(name: str, model: pathlib.Path, out: pathlib.Path, *options: str) -> list[dict]:
-    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(model), "--out", str(out), *TINY, *options]
-    assert cli.main(argv) == 0
+def command(name: str, model: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    return [str(EXPERIMENTS / f"{name}.py"), "--model", str(model), "--out", str(out), *TINY, *more]
+
+
+def run(name: str, model: pathlib.Path, out: pathlib.Path, *more: str) -> list[dict]:
+    assert cli.main(["run", *command(name, model, out, *more)]) == 0
     return tracking.read_rows(out / name / "metrics.jsonl")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grpo_arithmetic_takes_two_steps(chatty, tmp_path):
     records = run("grpo_arithmetic", chatty, tmp_path, "--max_prompt", "96")
     assert [record["step"] for record in records] == [0, 1, 2]
@@ -49,22 +57,51 @@ def test_grpo_arithmetic_takes_two_steps(chatty, tmp_path):
     assert any(row["prompt"] == "What is 3 + 4?" for row in samples)
 
 
-@pytest.mark.slow
-def test_ppo_sentiment_takes_two_steps(stories, tmp_path):
-    records = run("ppo_sentiment", stories, tmp_path)
+@pytest.mark.long
+def test_ppo_sentiment_takes_two_steps(small, tmp_path):
+    records = run("ppo_sentiment", small, tmp_path)
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[0]["eval/held_out/kl"] == 0.0
     assert records[2]["loss/value_avg"] > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["number_guessing", "calculator", pytest.param("question_answering", marks=pytest.mark.long)]
-)
+ENVIRONMENTS = ("number_guessing", "calculator", "question_answering")
+LONG_ROWS = ("--max_prompt", "360", "--max_completion", "48")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_environments_take_two_steps(name, chatty, tmp_path):
-    records = run(name, chatty, tmp_path, "--max_prompt", "360", "--max_completion", "48")
+    records = run(name, chatty, tmp_path, *LONG_ROWS)
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[0]["eval/reward"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo_sentiment", "grpo_arithmetic", *ENVIRONMENTS])
+def test_settings_fit_together(name, chatty, tmp_path):
+    more = LONG_ROWS if name in ENVIRONMENTS else ("--max_prompt", "96")
+    experiment, _ = options.read_experiment(command(name, chatty, tmp_path, *more), "run")
+    assert len(traced(experiment, tmp_path).held_out) >= 4
+
+
+@pytest.mark.slow
+def test_grpo_arithmetic_measures_its_answers(chatty):
+    now = policy.load(str(chatty), dtype="float32")
+    found = load("grpo_arithmetic").experiment.evaluate(now, now.params, jax.random.key(0))
+    assert found.metrics.keys() == {"accuracy/train", "accuracy/held_out"}
+    assert {"What is 3 + 4?"} <= {row["prompt"] for row in found.samples}
+    assert len(found.samples) == 160
+
+
+@pytest.mark.slow
+def test_ppo_sentiment_measures_reward_and_kl(small, monkeypatch):
+    """As DPO's experiment does, by whose openings both are judged."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    module, now = load("ppo_sentiment"), policy.load(str(small), dtype="float32")
+    found = module.experiment.evaluate(now, now.params, jax.random.key(0)).metrics
+    assert found.keys() == {"held_out/reward/mean", "held_out/reward/std", "held_out/kl"}
+    assert found["held_out/kl"] == 0.0
 
 
 def test_held_out_sums_are_held_out():
@@ -89,9 +126,9 @@ def test_ppo_sentiment_does_not_train_on_what_it_is_judged_by():
 
 
 @pytest.mark.long
-def test_the_sentiment_frontier_has_a_point_for_every_checkpoint(stories, tmp_path):
+def test_the_sentiment_frontier_has_a_point_for_every_checkpoint(small, tmp_path):
     """Of a method of each kind; begun again with one more, the runs that stand are looked at and not repeated."""
-    argv = ["run", str(EXPERIMENTS / "sentiment_frontier.py"), "--model", str(stories), "--out", str(tmp_path / "runs")]
+    argv = ["run", str(EXPERIMENTS / "sentiment_frontier.py"), "--model", str(small), "--out", str(tmp_path / "runs")]
     argv += ["--steps", "2", "--steps-ppo", "2", "--batch", "8", "--looks", "2", "--openings", "12"]
     for methods in (["dpo-0.1", "ppo-6"], ["dpo-0.1", "unlikelihood"]):
         assert cli.main([*argv, "--methods", *methods]) == 0
@@ -106,19 +143,67 @@ def test_the_sentiment_frontier_has_a_point_for_every_checkpoint(stories, tmp_pa
 # --- rlhf_sentiment ---------------------------------------------------------------------------------------------------
 
 
-def pipeline(stories, shared, out, *options: str) -> subprocess.CompletedProcess[str]:
+def pipeline(small, shared, out, *more: str) -> subprocess.CompletedProcess[str]:
     """The command as a user types it, on one device."""
-    command = [sys.executable, "-m", "rljax", "run", str(EXPERIMENTS / "rlhf_sentiment.py"), "--model", str(stories)]
+    command = [sys.executable, "-m", "rljax", "run", str(EXPERIMENTS / "rlhf_sentiment.py"), "--model", str(small)]
     command += ["--data", str(shared / "data" / "sentence_polarity" / "sentences.jsonl"), "--out", str(out)]
-    command += ["--steps-sft", "2", "--steps-rm", "2", "--steps-ppo", "2", "--openings", "32", "--batch", "8", *options]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command += ["--steps-sft", "2", "--steps-rm", "2", "--steps-ppo", "2", "--openings", "32", "--batch", "8", *more]
+    env = os.environ | {"XLA_FLAGS": compiler.QUICK, "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    env["JAX_COMPILATION_CACHE_DIR"] = str(out.parent / "compiled")
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
-def test_the_pipeline_hands_on_what_it_learned_and_is_not_run_twice(stories, shared, tmp_path):
+def test_the_pipeline_hands_on_its_models_and_is_not_run_twice(small, shared, tmp_path, monkeypatch, capsys):
+    """With runs that only fit together, and models that have not learned."""
+    module, begun = load("rlhf_sentiment"), []
+    gold, proxy = ("eval/rewards/gold/mean", "eval/rewards/proxy/mean")
+    names = ("eval/accuracy", "rewards/gold/mean", gold, "rewards/proxy/mean", proxy, "objective/kl")
+
+    def run(experiment):
+        folder = program.run_folder(experiment, None)
+        begun.append((folder.name, traced(experiment, folder)))
+        data.write_jsonl(folder / "metrics.jsonl", [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(3)])
+        said = {"prompt": "A", "completion": " good film"}
+        said = [{"step": step, "phase": phase, **said} for step, phase in ((0, "before"), (2, "after"))]
+        data.write_jsonl(folder / "samples.jsonl", said)
+        return 0
+
+    def export(folder, target):
+        if folder.name != "2-reward-model":
+            return shutil.copytree(small, target)
+        model, params = hf.load(small, dtype="float32")
+        head = models.scalar_head(model.config.hidden_size).init(jax.random.key(1))
+        return hf.save_reward(target, model, {"model": params, "head": head}, tokenizer=begun[-1][1].policy.tokenizer)
+
+    monkeypatch.setattr(module.offline, "run", run)
+    monkeypatch.setattr(module.online, "run", run)
+    monkeypatch.setattr(module.artefacts, "export", export)
+    out, sentences = tmp_path / "rlhf", str(shared / "data" / "sentence_polarity" / "sentences.jsonl")
+    sizes = {"steps_sft": 2, "steps_rm": 2, "steps_ppo": 2, "openings": 32, "batch": 8}
+    pipeline = functools.partial(module.main, data=sentences, model=str(small), out=str(out), **sizes)
+    assert pipeline() == 0
+    assert [name for name, _ in begun] == ["1-sft", "2-reward-model", "3-ppo"]
+    ppo = begun[-1][1].sampler.run
+    assert (ppo.model, ppo.critic) == (str(out / "sft-model"), str(out / "reward-model"))
+    for row in data.read(out / "data" / "pairs.jsonl"):
+        better, worse = module.GOLD([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
+        assert better > worse
+    assert "gold reward of the policy" in (out / "report.md").read_text()
+    assert (out / "plots" / "the-pipeline.png").is_file()
+    shutil.rmtree(out / "ppo-model")  # as if killed after PPO's last step
+    capsys.readouterr()
+    assert pipeline() == 0
+    assert capsys.readouterr().out.count(": finished") == 2
+    assert [name for name, _ in begun[3:]] == ["3-ppo"]
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        pipeline(seed=1)
+
+
+@pytest.mark.long
+def test_the_pipeline_hands_on_what_it_learned_and_is_not_run_twice(small, shared, tmp_path):
     out = tmp_path / "rlhf"
-    first = pipeline(stories, shared, out)
+    first = pipeline(small, shared, out)
     assert first.returncode == 0, first.stderr[-2000:]
     ppo = tracking.read_rows(out / "3-ppo" / "metrics.jsonl")
     assert [record["step"] for record in ppo] == [0, 1, 2]
@@ -137,11 +222,11 @@ def test_the_pipeline_hands_on_what_it_learned_and_is_not_run_twice(stories, sha
     assert (out / "plots" / "the-pipeline.png").is_file()
 
     shutil.rmtree(out / "ppo-model")  # as if killed after PPO's last step
-    again = pipeline(stories, shared, out)
+    again = pipeline(small, shared, out)
     assert again.returncode == 0, again.stderr[-2000:]
     assert again.stdout.count(": finished") == 2
     assert (out / "report.md").read_text().split("## Environment")[0] == page.split("## Environment")[0]
-    other = pipeline(stories, shared, out, "--seed", "1")
+    other = pipeline(small, shared, out, "--seed", "1")
     assert other.returncode == 2
     assert "seed was 0 and is 1" in other.stderr
 

@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from rljax import cli, tracking
+from rljax import cli, options, tracking
+from tests.traced import traced
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 TINY = ["--steps", "2", "--batch", "4", "--samples", "2", "--sample_tokens", "4", "--mesh.fsdp", "1"]
@@ -18,22 +19,33 @@ OPTIONS = {
 }
 
 
-@pytest.mark.slow
+def command(name, small, shared, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
+    more = [option.format(shared=shared) for option in OPTIONS[name]]
+    if name in ("simpo", "reward_model_hh"):
+        more += ["--eval_rows", "4"]
+    if name == "reward_model_hh":
+        more += ["--max_prompt", "48", "--max_completion", "16"]
+    if "warmup=" in (EXPERIMENTS / f"{name}.py").read_text():
+        more += ["--schedule.warmup", "0"]
+    return [str(EXPERIMENTS / f"{name}.py"), "--model", str(small), "--out", str(tmp_path), *TINY, *more]
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_two_steps(name, small, shared, tmp_path, monkeypatch):
-    monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
-    options = [option.format(shared=shared) for option in OPTIONS[name]]
-    if name in ("simpo", "reward_model_hh"):
-        options += ["--eval_rows", "4"]
-    if name == "reward_model_hh":
-        options += ["--max_prompt", "48", "--max_completion", "16"]
-    if "warmup=" in (EXPERIMENTS / f"{name}.py").read_text():
-        options += ["--schedule.warmup", "0"]
-    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(small), "--out", str(tmp_path), *TINY, *options]
-    assert cli.main(argv) == 0
+    assert cli.main(["run", *command(name, small, shared, tmp_path, monkeypatch)]) == 0
     records = tracking.read_rows(tmp_path / name / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]
     assert all(record["loss"] is not None for record in records[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_settings_fit_the_data(name, small, shared, tmp_path, monkeypatch):
+    experiment, _ = options.read_experiment(command(name, small, shared, tmp_path, monkeypatch), "run")
+    task = traced(experiment, tmp_path).task
+    assert task.tokens(task.batch(0)).mask.any()  # something is trained
 
 
 def test_every_experiment_with_an_experiment_is_smoked():

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rljax import advantages, cli, tracking
+from rljax import advantages, cli, options, tracking
+from tests.traced import traced
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 STORIES = (
@@ -41,13 +42,15 @@ def load(monkeypatch):
 # --- stories ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STORIES)
-def test_two_steps(name, stories, tmp_path):
+def command(name, model, out) -> list[str]:
     sizes = ["--steps", "2", "--batch", "4", "--eval_rows", "4", "--samples", "2", "--max_completion", "24"]
-    sizes += ["--mesh.fsdp", "1"]
-    argv = ["run", str(EXPERIMENTS / f"{name}.py"), "--model", str(stories), "--out", str(tmp_path), *sizes]
-    assert cli.main(argv) == 0
+    return [str(EXPERIMENTS / f"{name}.py"), "--model", str(model), "--out", str(out), "--mesh.fsdp", "1", *sizes]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", STORIES)
+def test_two_steps(name, small, tmp_path):
+    assert cli.main(["run", *command(name, small, tmp_path)]) == 0
     records = tracking.read_rows(tmp_path / name / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]
     learned = [record for record in records[1:] if record.get("pairs/tied") != 1]  # pairs that tie have no loss
@@ -55,6 +58,13 @@ def test_two_steps(name, stories, tmp_path):
     assert all(np.isfinite(record["loss"]) for record in learned)
     assert {"objective/scores", "objective/kl"} <= set(records[1])
     assert abs(records[1]["objective/kl"]) < 1e-3  # nothing was learned before the first rollout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORIES)
+def test_settings_fit_together(name, small, tmp_path):
+    experiment, _ = options.read_experiment(command(name, small, tmp_path), "run")
+    assert len(traced(experiment, tmp_path).held_out) == 4
 
 
 @pytest.mark.parametrize("name", STORIES)
@@ -153,22 +163,35 @@ def test_rloo_comes_near_the_optimum(bandit):
     assert np.abs(pi - best).max() < 0.05
 
 
-SOME = ("PPO", "RLOO", "REINFORCE++", "GRPO, k3 in the loss", "PPO, two tokens", "RLOO, two tokens, k2 in the loss")
+@pytest.mark.parametrize(("end", "status"), [("answer", 0), ("elsewhere", 1)])
+def test_an_end_is_judged(bandit, capsys, monkeypatch, end, status):
+    """Of runs that have nothing but an end: each answer, or the optimum where something else is predicted."""
+    ref = {tokens: problem(bandit, tokens, seed=5)[0] ** 8 for tokens in (1, 2)}  # with opinions: all ends are apart
+    ref = {tokens: pi / pi.sum((1, 2), keepdims=True) for tokens, pi in ref.items()}
+    case = iter(bandit.CASES)
+
+    def fit(key, run, steps):
+        answer = next(case).answer if end == "answer" else bandit.tilted
+        found = ref[run.max_completion], answer(ref[run.max_completion], bandit.TABLE.astype(np.float64))
+        return tuple(jnp.log(jnp.asarray(pi, jnp.float32)) for pi in found)
+
+    monkeypatch.setattr(bandit, "fit", fit)
+    assert bandit.main(seeds=1) == status
+    printed = capsys.readouterr().out
+    predicted = sum(case.answer is not bandit.tilted for case in bandit.CASES)
+    assert printed.count("FAIL") == 2 * predicted * status
+    assert printed.count(" pass") == len(bandit.CASES) + predicted * (1 - 2 * status)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("in_loss", "sizes"),  # where the loss has a KL of noise, more samples are needed to come near
-    [
-        (False, {"steps": 150, "samples": 128, "learning_rate": 6e-3}),
-        pytest.param(True, {}, marks=pytest.mark.long),
-    ],
+    [(False, {"steps": 150, "samples": 128, "learning_rate": 6e-3}), (True, {})],
     ids=["KL in the reward", "KL in the loss"],
 )
 def test_algorithms_end_where_they_should(bandit, capsys, monkeypatch, in_loss, sizes):
-    """Six of them, or all with RLJAX_ALL_TESTS."""
-    cases = [case for case in bandit.CASES if os.environ.get("RLJAX_ALL_TESTS") or case.name in SOME]
-    monkeypatch.setattr(bandit, "CASES", [case for case in cases if ("in the loss" in case.name) == in_loss])
+    cases = [case for case in bandit.CASES if ("in the loss" in case.name) == in_loss]
+    monkeypatch.setattr(bandit, "CASES", cases)
     assert bandit.main(seeds=1, **sizes) == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed
@@ -188,7 +211,7 @@ def test_a_wrong_kl_misses_the_optimum(bandit, capsys, monkeypatch):
 # --- sixteen seeds ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_seed_among_others_is_the_seed_alone(load):
     module = load("ppo_seeds")
     run = dataclasses.replace(module.RUN, steps=3, batch=8)
@@ -200,6 +223,23 @@ def test_a_seed_among_others_is_the_seed_alone(load):
         np.testing.assert_allclose(together[name][1, 1], values, rtol=1e-3, atol=1e-5)
     assert np.ptp(together["kl"][0, :, -1]) > 1e-4  # seeds differ
     assert np.abs(together["kl"][0, :, -1] - together["kl"][1, :, -1]).min() > 1e-4  # and so do learning rates
+
+
+def test_a_sweep_is_over_rates_and_seeds(load, monkeypatch):
+    module = load("ppo_seeds")
+    run, rates = dataclasses.replace(module.RUN, steps=3, batch=8), (1e-3, 3e-3)
+    fitting = jax.eval_shape(functools.partial(module.curves, run=run), jax.random.key(0), rates[0])
+    assert fitting["reward"].shape == fitting["kl"].shape == (3,)
+
+    def curves(key, rate, run):
+        return {"reward": rate * jnp.arange(run.steps), "kl": jax.random.uniform(key, (run.steps,))}
+
+    monkeypatch.setattr(module, "curves", curves)
+    together = module.sweep(run, seeds=3, learning_rates=rates)
+    alone = curves(jax.random.split(jax.random.key(0), 3)[1], rates[1], run)
+    for name, values in alone.items():
+        np.testing.assert_allclose(together[name][1, 1], values, rtol=1e-6)
+        assert together[name].shape == (2, 3, 3)
 
 
 def test_the_reward_counts_on(load):
@@ -232,7 +272,7 @@ def test_one_seed_has_no_confidence(load):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("copies", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_self_play_takes_two_steps(load, capsys, copies):
     status = load("self_play").main(steps=2, episodes=8, copies=copies)
     printed = capsys.readouterr().out
