@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from rljax import cli, data, online, presets, rewards, sharding, tracking
+from rljax.environments import Turn
 from rljax.types import Tokens
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,8 +48,18 @@ def test_the_online_snippet_is_an_experiment_that_runs(small, tmp_path):
     assert space["brief"](Tokens(ids=everything.astype(int), segments=everything, mask=everything)).shape == (2,)
 
 
-@pytest.mark.slow
+def test_the_environment_snippet_says_what_a_word_is_worth():
+    space = {}
+    exec(SNIPPETS[5], space)
+    word, prompt = space["rhyming"].reset({"word": "cat"}, 0)
+    assert prompt == "Say a word that rhymes: "
+    for said, turn in ((" hat", Turn(" Right.", 1.0, True)), (" dog", Turn(" No, again: ", 0.0, False))):
+        assert space["rhyming"].step(word, said, None) == (word, turn)
+
+
+@pytest.mark.long
 def test_the_environment_snippet_trains(small, tmp_path):
+    """tests/test_online.py trains in others."""
     space = {}
     exec(SNIPPETS[5], space)
     experiment = presets.grpo(

@@ -21,6 +21,11 @@ STOPS = (3, 7, 11, 12, 13, 14, 15, 16, 17)  # so many that random rows end early
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}  # given as numbers: one compilation for all values
 
 
+def table(seed: int = 0):
+    """Parameters of `tiny.bigram`, as a model that has layers has them."""
+    return tiny.bigram_params(seed) | {"layers": {"0": {}}}
+
+
 def prompts(rows: int = 4, width: int = 5, *, side: str = "left") -> Tokens:
     """Prompts of 2 to `width` tokens, padded on one side."""
     rng = np.random.default_rng(3)
@@ -91,7 +96,7 @@ def seen(model, params, tokens, settings):
 def test_logps_are_those_of_the_distribution_and_of_the_trainer(model, settings):
     """TRAPS 20, 21, 22. The distribution is that of the uncached model, filtered outside of sampler and trainer."""
     numbers = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    model, params = (tiny.model(), tiny.params()) if model == "whole" else (tiny.bigram(), tiny.bigram_params())
+    model, params = (tiny.model(), tiny.params()) if model == "whole" else (tiny.bigram(), table())
     kwargs = NEUTRAL | numbers | {"max_new_tokens": 6}
     rollout = sampling.generate(model, params, prompts(8), jax.random.key(1), **kwargs)
     trained, entropy, expected = seen(model, params, rollout.tokens, settings)
@@ -103,7 +108,7 @@ def test_logps_are_those_of_the_distribution_and_of_the_trainer(model, settings)
 
 def test_samples_follow_the_filtered_distribution():
     """Frequencies of the first of n tokens match the probabilities, and what is cut is never drawn."""
-    settings, model, params = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}, tiny.bigram(), tiny.bigram_params()
+    settings, model, params = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}, tiny.bigram(), table()
     one, n = jax.tree.map(lambda x: x[:1], prompts()), 8000
     logits = model.unembed(params, model.apply(params, one.ids, one.segments).hidden[:, -1])
     for kwargs in (settings, settings | {"top_k": None, "top_p": 1.0, "temperature": 1.0}):
@@ -136,8 +141,8 @@ def test_n_samples_are_n_rows_of_repeated_prompts():
     many = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), prompts())
     kwargs = {"stop_ids": STOPS, **NEUTRAL}
     assert_same(
-        GENERATE(tiny.params(), prompts(), jax.random.key(2), n=3, **kwargs),
-        GENERATE(tiny.params(), many, jax.random.key(2), **kwargs),
+        TABLE(table(), prompts(), jax.random.key(2), n=3, **kwargs),
+        TABLE(table(), many, jax.random.key(2), **kwargs),
     )
 
 
@@ -167,14 +172,14 @@ def test_a_row_depends_neither_on_companions_nor_on_its_place():
 
 def test_an_old_style_key_is_the_same_key():
     key = jax.random.key(2)
-    new, old = (TABLE(tiny.bigram_params(), prompts(), k, **NEUTRAL) for k in (key, jax.random.key_data(key)))
+    new, old = (TABLE(table(), prompts(), k, **NEUTRAL) for k in (key, jax.random.key_data(key)))
     assert_same(old, new)
 
 
 def test_stop_tokens_end_rows_and_are_trained_once():
-    free = TABLE(tiny.bigram_params(), prompts(), jax.random.key(4), **NEUTRAL)
+    free = TABLE(table(), prompts(), jax.random.key(4), **NEUTRAL)
     stops = (int(free.tokens.ids[0, 5]), int(free.tokens.ids[1, 7]))  # row 0 stops at once, row 1 at its third
-    rollout = TABLE(tiny.bigram_params(), prompts(), jax.random.key(4), stop_ids=stops)
+    rollout = TABLE(table(), prompts(), jax.random.key(4), stop_ids=stops)
     new = np.asarray(rollout.tokens.ids)[:, 5:], np.asarray(rollout.tokens.mask)[:, 5:]
     assert bool(rollout.finished[0])
     assert bool(rollout.finished[1])
@@ -189,10 +194,10 @@ def test_stop_tokens_end_rows_and_are_trained_once():
 
 
 def test_one_new_token_and_refused_numbers():
-    rollout = sampling.generate(tiny.bigram(), tiny.bigram_params(), prompts(), jax.random.key(0), max_new_tokens=1)
+    rollout = sampling.generate(tiny.bigram(), table(), prompts(), jax.random.key(0), max_new_tokens=1)
     assert rollout.tokens.ids.shape == (4, 6)
     assert int(rollout.tokens.mask.sum()) == 4
-    refused = functools.partial(sampling.generate, tiny.bigram(), tiny.bigram_params(), prompts(), jax.random.key(0))
+    refused = functools.partial(sampling.generate, tiny.bigram(), table(), prompts(), jax.random.key(0))
     for kwargs, said in (
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"n": 0}, "n must be at least 1"),
@@ -206,11 +211,11 @@ def test_one_new_token_and_refused_numbers():
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
 def test_numbers_that_no_distribution_has_are_refused(kind):
     """Also where they would be traced: inverted or empty distributions are sampled from without complaint."""
-    refused = functools.partial(TABLE, tiny.bigram_params(), prompts(), jax.random.key(0))
+    refused = functools.partial(TABLE, table(), prompts(), jax.random.key(0))
     for name, value in (("temperature", -1), ("temperature", np.nan), ("top_p", 1.5), ("min_p", 2), ("min_p", -1)):
         with pytest.raises(ValueError, match=f"{name} is {float(value)}"):
             refused(**{name: kind(value)})
-    traced = jax.jit(lambda t: TABLE(tiny.bigram_params(), prompts(), jax.random.key(0), temperature=t))
+    traced = jax.jit(lambda t: TABLE(table(), prompts(), jax.random.key(0), temperature=t))
     assert_same(traced(0.7), refused(temperature=kind(0.7)))
 
 
@@ -220,7 +225,7 @@ def test_slots_change_nothing_about_the_rows(n, slots, whole):
     many = prompts(13, 7)
     many = dataclasses.replace(many, segments=many.segments.at[4].set(0))
     kwargs = {"n": n, "stop_ids": STOPS, "min_new_tokens": 1, "max_new_tokens": 9}
-    generate = functools.partial(*(GENERATE, tiny.params()) if whole else (TABLE, tiny.bigram_params()))
+    generate = functools.partial(*(GENERATE, tiny.params()) if whole else (TABLE, table()))
     plain = generate(many, jax.random.key(0), **kwargs)
     lengths = plain.tokens.mask.sum(1)
     assert len(set(lengths.tolist())) > 4
@@ -241,7 +246,7 @@ def test_one_compilation_per_shape():
     sampling._generate.clear_cache()
     for seed, temperature in enumerate((1.0, 0.5, 0.0)):
         for width in (5, 6):
-            TABLE(tiny.bigram_params(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
+            TABLE(table(seed), prompts(width=width), jax.random.key(seed), temperature=temperature)
     assert sampling._generate._cache_size() == 2
 
 

@@ -338,7 +338,7 @@ def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
     state, metrics = train.make_update(ptx_loss(), sgd, microbatches=2)(train.init_state(params, sgd), batch)
 
     def mean(loss_fn, data):
-        return jax.value_and_grad(lambda p: loss_fn(p, data)[0].value())(params)
+        return jax.jit(jax.value_and_grad(lambda p: loss_fn(p, data)[0].value()))(params)
 
     policy_loss, policy = mean(ppo_loss(), batch)
     text_loss, text = mean(objectives.supervised(tiny.bigram()), batch.pretrain)

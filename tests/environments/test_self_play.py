@@ -149,9 +149,9 @@ def test_splitting_in_a_chat():
 
 
 @pytest.mark.slow
-def test_two_real_players_split_coins(stories):
+def test_two_real_players_split_coins(small):
     """Text, a real tokenizer and checkpoint: the rows say what the rewards say."""
-    llama = policy.load(str(stories))
+    llama = policy.load(str(small))
     both = play_against(
         (llama, llama),
         split_coins(coins=9, max_turns=1, shared=1.0),

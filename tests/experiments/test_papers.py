@@ -7,6 +7,7 @@ import sys
 
 import jax
 import pytest
+from matplotlib.figure import Figure
 
 from rljax import advantages, cli, losses, objectives, ops, papers, presets, shaping
 
@@ -29,6 +30,7 @@ def run(monkeypatch):
 LONG = (
     "adaptive_kl",
     "dpo_frontier",
+    "gae_lambda",
     "kto_unpaired",
     "length_bias",
     "overoptimization_reward_models",
@@ -44,12 +46,18 @@ FAILING = {  # published as failed: their pages say why
 }
 
 
-def marked(value, name):
-    return pytest.param(value, marks=pytest.mark.long if name in LONG else ())
+BROKEN_LONG = (*LONG, "noisy_preferences")  # goldens notice what is broken there
 
 
+def marked(value, name, long=LONG):
+    return pytest.param(value, marks=pytest.mark.long if name in long else ())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [marked(name, name) for name in NAMES])
-def test_a_reproduction_passes(run, name, tmp_path):
+def test_a_reproduction_passes(run, name, tmp_path, monkeypatch):
+    if name != "best_of_n_kl":  # one of them is drawn
+        monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: pathlib.Path(file).touch())
     done = run(name)
     failed = [check.claim for check in done.result.checks if not check.holds]
     # One that is published as failed by a hair may hold with another processor's rounding.
@@ -139,7 +147,8 @@ FAILS = {
 }
 
 
-@pytest.mark.parametrize("what", [marked(what, FAILS[what][0]) for what in BROKEN])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [marked(what, FAILS[what][0], BROKEN_LONG) for what in BROKEN])
 def test_a_reproduction_fails_where_the_library_is_wrong(run, what, monkeypatch):
     name, claim = FAILS[what]
     monkeypatch.setattr(*BROKEN[what])

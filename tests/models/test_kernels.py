@@ -93,12 +93,13 @@ def test_splash_is_the_attention_of_xla(queries, groups, softcap, window):
 
 MESHES = [
     {"data": 2, "fsdp": 1, "tensor": 2, "context": 2},
-    {"fsdp": 2, "tensor": 4},  # twice as many as key heads
-    {"fsdp": 8},  # twice as many as rows
+    pytest.param({"fsdp": 2, "tensor": 4}, marks=pytest.mark.long),  # twice as many as key heads
+    pytest.param({"fsdp": 8}, marks=pytest.mark.long),  # twice as many as rows
     {"fsdp": 1, "context": 8},  # each has 128 queries: most of them fill up, and are further than a window from a token
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_does_not_change_it(sizes):
     devices = jax.devices()[: np.prod(list(sizes.values()))]
@@ -109,6 +110,7 @@ def test_a_mesh_does_not_change_it(sizes):
     close(ours, compared(by_xla, args, segments > 0, **how))
 
 
+@pytest.mark.slow
 def test_splash_in_bfloat16_is_as_exact_as_xla():
     how, segments = {"scale": 0.25, "softcap": None, "window": 0}, rows()
     args = *tensors(LENGTH, LENGTH, dtype=jnp.bfloat16), segments, segments
@@ -144,6 +146,7 @@ def trained(model, mesh=None):
     return [np.asarray(x) for x in (value, hidden, *jax.tree.leaves(gradients))]
 
 
+@pytest.mark.long
 def test_a_model_is_the_same_with_splash_on_a_mesh():
     """Two layers, one with a window, and a soft cap, rematerialised: loss, hidden states and gradients."""
     theirs = trained(model_of("gemma", "xla"))
@@ -153,6 +156,7 @@ def test_a_model_is_the_same_with_splash_on_a_mesh():
     close(ours, theirs, 2e-5)
 
 
+@pytest.mark.slow
 def test_reading_prompts_into_a_cache_is_the_same_with_splash():
     """The cache is as long as the prompts, so that it holds all that they see; the next token sees it by XLA."""
     segments = rows()
@@ -178,6 +182,7 @@ def test_reading_prompts_into_a_cache_is_the_same_with_splash():
     close(ours, theirs, 2e-5)
 
 
+@pytest.mark.slow
 def test_shared_prompts_are_the_same_with_splash():
     """Two groups of three completions; windows reach back from completions into prompts, which are padded in front."""
     prompt, own, n = 180, 120, 3
@@ -292,7 +297,10 @@ def test_key_heads_are_repeated_where_the_mesh_splits_more_heads():
 # --- compiled for what is not here ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("unroll", "times"), [(1, 1), (None, 2)], ids=["loop", "no loop"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unroll", "times"), [pytest.param(1, 1, id="loop"), pytest.param(None, 2, id="no loop", marks=pytest.mark.long)]
+)
 def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch, unroll, times):
     """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, which a plan counts."""
     pytest.importorskip("libtpu")

@@ -187,29 +187,39 @@ def test_pads_have_no_gradient(name):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_how_it_runs_does_not_change_what_it_is():
-    """Without a loop, scan, remat by name: equal loss and gradient. bfloat16: equal to its rounding."""
-    config, params = VARIANTS["gemma"], jax.tree.map(lambda leaf: leaf / 10, make("gemma")[1])
-    ids, segments = PADDED
+@functools.cache
+def slope(**how):
+    """(loss, gradient) of a model that is computed in this way."""
+    params = jax.tree.map(lambda leaf: leaf / 10, make("gemma")[1])
+    model, (ids, segments) = build(dataclasses.replace(VARIANTS["gemma"], **how)), PADDED
 
-    def run(**how):
-        model = build(dataclasses.replace(config, **how))
+    def loss(params):
+        logits = model.unembed(params, model.apply(params, ids, segments).hidden)
+        assert logits.dtype == jnp.float32
+        return jnp.where(segments > 0, jax.nn.logsumexp(logits * 4, axis=-1), 0).sum()
 
-        def loss(params):
-            logits = model.unembed(params, model.apply(params, ids, segments).hidden)
-            assert logits.dtype == jnp.float32
-            return jnp.where(segments > 0, jax.nn.logsumexp(logits * 4, axis=-1), 0).sum()
+    return jax.jit(jax.value_and_grad(loss))(params)
 
-        return jax.jit(jax.value_and_grad(loss))(params)
 
-    value, gradient = run()
-    for how in ({"unroll": 1}, {"unroll": 2, "remat": "full"}, {"unroll": 1, "remat": "dots"}, {"remat": "dots"}):
-        other, other_gradient = run(**how)
-        np.testing.assert_allclose(other, value, rtol=1e-6, err_msg=str(how))
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), other_gradient, gradient
-        )
-    coarse, coarse_gradient = run(compute_dtype="bfloat16")
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({"unroll": 1}, marks=pytest.mark.long),
+        {"unroll": 2, "remat": "full"},
+        {"unroll": 1, "remat": "dots"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_how_it_runs_does_not_change_what_it_is(how):
+    """Without a loop, scan, remat by name: equal loss and gradient."""
+    (value, gradient), (other, other_gradient) = slope(), slope(**how)
+    np.testing.assert_allclose(other, value, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), other_gradient, gradient)
+
+
+def test_bfloat16_is_equal_to_its_rounding():
+    (value, gradient), (coarse, coarse_gradient) = slope(), slope(compute_dtype="bfloat16")
     np.testing.assert_allclose(coarse, value, rtol=2e-3)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(coarse_gradient))
     flat, coarse_flat = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(t)]) for t in (gradient, coarse_gradient))
