@@ -33,6 +33,8 @@ from tests.test_programs import state_bits
 
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 LONG = functools.partial(pytest.param, marks=pytest.mark.long)
+# What the loop does for both kinds alike is looked at in one.
+ONE_LOOP = pytest.mark.parametrize("kind", ["offline", LONG("online")], indirect=True)
 ROWS = [
     {"prompt": f"The {a}", "chosen": f" was {a}.", "rejected": " is sad."} for a in ("cat", "dog", "hat", "car")
 ] * 5
@@ -246,6 +248,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_good_checkpoint_sta
     same(kind, tmp_path)
 
 
+@ONE_LOOP
 def test_such_updates_are_left_out_counted_and_said(kind, tmp_path, monkeypatch):
     poison(monkeypatch, kind[0], 1, 3)
     assert start(kind, tmp_path, on_nan="skip") == 0
@@ -259,6 +262,7 @@ def test_such_updates_are_left_out_counted_and_said(kind, tmp_path, monkeypatch)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
 
 
+@ONE_LOOP
 def test_a_run_whose_updates_are_all_left_out_ends(kind, tmp_path, monkeypatch):
     poison(monkeypatch, kind[0], 1, 2, 3, 4)
     with pytest.raises(NotFiniteError, match="the last 4 steps were left out"):
@@ -337,6 +341,7 @@ def test_samples_that_fail_at_the_end_cost_themselves(kind, tmp_path, monkeypatc
 # --- what cannot be written -------------------------------------------------------------------------------------------
 
 
+@ONE_LOOP
 def test_a_full_disk_leaves_the_checkpoint_before(kind, tmp_path, monkeypatch):
     real = ocp.CheckpointManager.save
 
@@ -354,6 +359,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(kind, tmp_path, monkeypatch):
     same(kind, tmp_path)
 
 
+@ONE_LOOP
 def test_a_record_that_cannot_be_written_leaves_the_checkpoint_before(kind, tmp_path, monkeypatch):
     real = tracking.Tracker._append
 
@@ -373,6 +379,7 @@ def test_a_record_that_cannot_be_written_leaves_the_checkpoint_before(kind, tmp_
     same(kind, tmp_path)
 
 
+@ONE_LOOP
 @pytest.mark.parametrize("how", [LONG("deleted"), "renamed", LONG("replaced")])
 def test_a_folder_that_goes_away_is_noticed(kind, tmp_path, monkeypatch, how):
     real = tracking.Tracker.log

@@ -72,15 +72,16 @@ def values(metrics):
     return {name: float(mean.value()) for name, mean in metrics.items()}
 
 
-def test_fewer_slots_sample_the_same():
+def test_fewer_slots_are_another_sampler():
+    """Which writes the same, as tests/test_sampling.py has it."""
+
     def rollout(slots):
         made = build(settings.PolicyGradient, group=2, slots=slots)
-        lowered = jax.jit(made.parts.sample).lower(made.learner.train.params, prompts(), KEY)
-        return lowered.compile()(made.learner.train.params, prompts(), KEY), lowered.as_text()
+        return jax.jit(made.parts.sample).trace(made.learner.train.params, prompts(), KEY)
 
-    (few, refilled), (many, plain) = rollout(4), rollout(None)
-    chex.assert_trees_all_equal(few.tokens, many.tokens)
-    assert refilled != plain
+    refilled, plain = rollout(4), rollout(None)
+    assert refilled.out_info == plain.out_info
+    assert str(refilled.jaxpr) != str(plain.jaxpr)
 
 
 def test_coefficients_can_be_swept():

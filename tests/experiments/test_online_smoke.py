@@ -162,7 +162,7 @@ def test_the_pipeline_hands_on_its_models_and_is_not_run_twice(small, shared, tm
 
     def run(experiment):
         folder = program.run_folder(experiment, None)
-        begun.append((folder.name, traced(experiment, folder)))
+        begun.append((folder.name, traced(experiment, folder) if len(begun) < 3 else None))
         data.write_jsonl(folder / "metrics.jsonl", [{"step": step, **dict.fromkeys(names, 0.5)} for step in range(3)])
         said = {"prompt": "A", "completion": " good film"}
         said = [{"step": step, "phase": phase, **said} for step, phase in ((0, "before"), (2, "after"))]

@@ -1,5 +1,7 @@
 """Two real steps of every experiment file, on a real tiny checkpoint and rows in the format that it reads."""
 
+import gzip
+import itertools
 import pathlib
 
 import pytest
@@ -21,7 +23,7 @@ OPTIONS = {
 
 def command(name, small, shared, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.setenv("RLJAX_CACHE", str(tmp_path / "cache"))
-    more = [option.format(shared=shared) for option in OPTIONS[name]]
+    more = [option.format(shared=_begins(shared, tmp_path)) for option in OPTIONS[name]]
     if name in ("simpo", "reward_model_hh"):
         more += ["--eval_rows", "4"]
     if name == "reward_model_hh":
@@ -29,6 +31,19 @@ def command(name, small, shared, tmp_path, monkeypatch) -> list[str]:
     if "warmup=" in (EXPERIMENTS / f"{name}.py").read_text():
         more += ["--schedule.warmup", "0"]
     return [str(EXPERIMENTS / f"{name}.py"), "--model", str(small), "--out", str(tmp_path), *TINY, *more]
+
+
+def _begins(shared: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """The first rows of each file that an experiment reads, under its name."""
+    for source in {word.removeprefix("{shared}/") for one in OPTIONS.values() for word in one if "/" in word}:
+        (folder / source).parent.mkdir(parents=True, exist_ok=True)
+        read = gzip.open if source.endswith(".gz") else open
+        with (
+            read(shared / source, "rt", encoding="utf-8") as whole,
+            read(folder / source, "wt", encoding="utf-8") as few,
+        ):
+            few.writelines(itertools.islice(whole, 300))
+    return folder
 
 
 @pytest.mark.long
