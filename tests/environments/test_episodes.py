@@ -113,8 +113,8 @@ PROMPTS = [{"prompt": text} for text in ("Once upon a time", "Lily", "The big do
 
 
 @pytest.fixture(scope="module")
-def llama(small):
-    return policy.load(str(small))
+def llama(stories):
+    return policy.load(str(stories))
 
 
 def storyteller(turns):
