@@ -4,7 +4,7 @@
 
 CARD is the file of one, all without. TEXT: only plans whose command has it, the others stay as they are. Run it where
 `rljax plan` finds the config.json of the models: where the hub can be reached, or in a folder that has them in folders
-of the models' names, and for later steps of a pipeline under the names that these give (runs/…/model). A new plan is a
+of the models' names, and for later steps of a pipeline under the names that these give (runs/…/export). A new plan is a
 command with "not made yet" under it. Minutes for each. `_gallery.py` then writes docs/cards.md.
 """
 

@@ -26,7 +26,7 @@ import optax
 from rljax import losses, offline, train
 
 experiment = offline.Preference(
-    model="runs/sft_hh_pythia_2p8b/model",
+    model="runs/sft_hh_pythia_2p8b/export",
     data="hf:Anthropic/hh-rlhf",
     loss=functools.partial(losses.dpo_loss, beta=0.1),
     optimizer=functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False),  # as in torch

@@ -26,7 +26,7 @@ import optax
 from rljax import losses, offline, train
 
 experiment = offline.Preference(
-    model="runs/tldr_sft_pythia/model",
+    model="runs/tldr_sft_pythia/export",
     data=_tldr.comparisons,
     loss=functools.partial(losses.dpo_loss, beta=0.5),
     optimizer=functools.partial(optax.rmsprop, decay=0.99, eps_in_sqrt=False),  # as in torch

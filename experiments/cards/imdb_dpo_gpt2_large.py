@@ -26,7 +26,7 @@ import optax
 from rljax import losses, offline, train
 
 experiment = offline.Preference(
-    model="runs/imdb_sft_gpt2_large/model",
+    model="runs/imdb_sft_gpt2_large/export",
     data=_imdb.sampled_pairs,
     loss=functools.partial(losses.dpo_loss, beta=0.1),
     evaluate=_imdb.reward_and_kl,

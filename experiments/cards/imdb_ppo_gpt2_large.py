@@ -30,7 +30,7 @@ import _imdb
 from rljax import presets
 
 experiment = presets.ppo_ziegler2019(
-    model="runs/imdb_sft_gpt2_large/model",
+    model="runs/imdb_sft_gpt2_large/export",
     data=_imdb.prompts,
     reward=_imdb.SIEBERT,
     kl_target=6.0,

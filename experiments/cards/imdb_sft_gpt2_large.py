@@ -5,7 +5,7 @@ Model     openai-community/gpt2-large
 Data      hf:stanfordnlp/imdb
 Hardware  planned for a v5e:2x4
 Run       rljax run experiments/cards/imdb_sft_gpt2_large.py
-Then      rljax export runs/imdb_sft_gpt2_large runs/imdb_sft_gpt2_large/model, then imdb_dpo_gpt2_large.py and
+Then      rljax export runs/imdb_sft_gpt2_large runs/imdb_sft_gpt2_large/export, then imdb_dpo_gpt2_large.py and
           imdb_ppo_gpt2_large.py
 Expected  no score is published for this step
 Settings  1 epoch on a subset of the reviews (appendix C.1). Rate, batch and length are not given: 1e-5, 64 rows and 512

@@ -6,7 +6,7 @@ Model     EleutherAI/pythia-2.8b
 Data      hf:Anthropic/hh-rlhf
 Hardware  4 × A100 80 GB, 1.5 hours (README of the paper's code, in bfloat16); planned here for a v5e:4x4
 Run       rljax run experiments/cards/sft_hh_pythia_2p8b.py
-Then      rljax export runs/sft_hh_pythia_2p8b runs/sft_hh_pythia_2p8b/model, and dpo_hh_pythia_2p8b.py
+Then      rljax export runs/sft_hh_pythia_2p8b runs/sft_hh_pythia_2p8b/export, and dpo_hh_pythia_2p8b.py
 Expected  no score is published for this step
 Settings  RMSprop, 5e-7 after 150 steps of warm-up, 64 rows, 1 epoch, 256 + 256 tokens, gradients clipped at 10
           (config/config.yaml of the code). Pythia's weights in float32, products in bfloat16 (README).

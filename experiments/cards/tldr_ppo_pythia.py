@@ -56,10 +56,10 @@ import _tldr
 
 from rljax import presets, rewards, train
 
-REWARD_MODEL = "runs/tldr_reward_model_pythia/model"
+REWARD_MODEL = "runs/tldr_reward_model_pythia/export"
 
 experiment = presets.ppo_huang2024(
-    model="runs/tldr_sft_pythia/model",
+    model="runs/tldr_sft_pythia/export",
     data=_tldr.queries,
     reward=rewards.from_checkpoint(REWARD_MODEL, name="preference"),
     critic=REWARD_MODEL,

@@ -7,7 +7,7 @@ Sizes     --model EleutherAI/pythia-1b-deduped or EleutherAI/pythia-6.9b-deduped
           other under runs/: start every size in a folder of its own.
 Hardware  8 × H100 in the paper; planned here for a v5e:4x8
 Run       rljax run experiments/cards/tldr_reward_model_pythia.py
-Then      rljax export runs/tldr_reward_model_pythia runs/tldr_reward_model_pythia/model, and tldr_ppo_pythia.py
+Then      rljax export runs/tldr_reward_model_pythia runs/tldr_reward_model_pythia/export, and tldr_ppo_pythia.py
 Expected  accuracy on the validation split: 0.628 with 1B, 0.669 with 2.8B, 0.689 with 6.9B (section 6.1) [unverified:
           from a summary of the paper]
 Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine (sbatches/reward.sbatch), 64 pairs, 1 epoch of 92,832 pairs (1,450
@@ -42,7 +42,7 @@ import _tldr
 from rljax import offline, train
 
 experiment = offline.RewardModel(
-    model="runs/tldr_sft_pythia/model",
+    model="runs/tldr_sft_pythia/export",
     data=_tldr.comparisons,
     optimizer=functools.partial(train.adamw, eps=1e-5, weight_decay=0.01),
     learning_rate=3e-6,

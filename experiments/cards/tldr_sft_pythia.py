@@ -8,7 +8,7 @@ Sizes     --model EleutherAI/pythia-1b-deduped or EleutherAI/pythia-6.9b-deduped
           other under runs/: start every size in a folder of its own.
 Hardware  8 × H100 in the paper; planned here for a v5e:4x8
 Run       rljax run experiments/cards/tldr_sft_pythia.py
-Then      rljax export runs/tldr_sft_pythia runs/tldr_sft_pythia/model, and tldr_reward_model_pythia.py
+Then      rljax export runs/tldr_sft_pythia runs/tldr_sft_pythia/export, and tldr_reward_model_pythia.py
 Expected  ROUGE rises with the size (section 5.1); no figure could be checked
 Settings  AdamW, ε = 1e-5, 3e-6 falling by a cosine, 128 rows, 1 epoch of 116,722 rows (911 updates), no dropout; the
           loss is on query and summary (sft.py, reference_output/sft.txt); queries of 512 tokens, summaries of 53

@@ -25,7 +25,7 @@ import functools
 from rljax import losses, offline, train
 
 experiment = offline.Preference(
-    model="runs/zephyr_sft/model",
+    model="runs/zephyr_sft/export",
     data="hf:HuggingFaceH4/ultrafeedback_binarized",
     split="train_prefs",
     loss=functools.partial(losses.dpo_loss, beta=0.01),

@@ -5,7 +5,7 @@ Model     mistralai/Mistral-7B-v0.1 with Zephyr's chat template, which zephyr_te
 Data      hf:HuggingFaceH4/ultrachat_200k
 Hardware  planned for a v5e:8x8
 Run       rljax run experiments/cards/zephyr_template.py && rljax run experiments/cards/zephyr_sft.py
-Then      rljax export runs/zephyr_sft runs/zephyr_sft/model, and zephyr_dpo.py
+Then      rljax export runs/zephyr_sft runs/zephyr_sft/export, and zephyr_dpo.py
 Expected  AlpacaEval 2: 8.4 length-controlled, 6.2 plain; Arena-Hard: 1.3 (alignment-handbook/zephyr-7b-sft-full in the
           README of princeton-nlp/SimPO)
 Settings  AdamW 2e-5 with a warm-up over a tenth and a cosine, 128 rows of 2,048 tokens, 1 epoch (sft/config_full.yaml,

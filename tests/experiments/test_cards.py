@@ -212,8 +212,8 @@ def run_card(name: str, *options: str) -> list[dict]:
 
 def export(name: str) -> None:
     """What a card says under Then."""
-    assert f"rljax export runs/{name} runs/{name}/model" in (CARDS / f"{name}.py").read_text()
-    assert cli.main(["export", f"runs/{name}", f"runs/{name}/model"]) == 0
+    assert f"rljax export runs/{name} runs/{name}/export" in (CARDS / f"{name}.py").read_text()
+    assert cli.main(["export", f"runs/{name}", f"runs/{name}/export"]) == 0
 
 
 def begun_with(name: str) -> str:
@@ -229,7 +229,7 @@ def test_hh(world):
     export("sft_hh_pythia_2p8b")
     records = run_card("dpo_hh_pythia_2p8b", "--data", rows)
     assert records[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)  # the policy is its reference
-    assert begun_with("dpo_hh_pythia_2p8b") == "runs/sft_hh_pythia_2p8b/model"
+    assert begun_with("dpo_hh_pythia_2p8b") == "runs/sft_hh_pythia_2p8b/export"
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_zephyr(world):
     export("zephyr_sft")
     run_card("zephyr_dpo", "--data", str(write_data("HuggingFaceH4/ultrafeedback_binarized")))
     said = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    tokenizer = policy.load("runs/zephyr_sft/model").tokenizer
+    tokenizer = policy.load("runs/zephyr_sft/export").tokenizer
     end = tokenizer.eos_token
     asked = tokenizer.apply_chat_template(said[:2], tokenize=False, add_generation_prompt=True)
     assert asked == f"<|system|>\nsystem{end}\n<|user|>\nuser{end}\n<|assistant|>\n"
