@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rljax import filters, kept, policy, sharding
+from rljax import filters, hosts, kept, policy, sharding
 from rljax.checkpoint import Checkpoints
 from rljax.data import prompt_ids
 from rljax.errors import UserError
@@ -97,7 +97,7 @@ def _record(run: str | pathlib.Path) -> dict[str, Any]:
 
 def _everywhere() -> Mesh | None:
     """A mesh of all devices, over which weights are split that one device need not have room for; None for one."""
-    return sharding.make_mesh() if len(jax.devices()) > 1 else None
+    return hosts.connected(sharding.make_mesh()) if len(jax.devices()) > 1 else None
 
 
 def _place(experiment: Mapping[str, Any], params: Params) -> tuple[tuple[str, ...], Params]:

@@ -8,6 +8,7 @@ order, as JAX asks; what can fail on one of them alone goes through `together`, 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -243,6 +244,31 @@ def first_failure(said: str | None, patience: float | None = None) -> tuple[int,
         return None if said is None else (0, said)
     heard = distributed.everyone("" if said is None else f"!{said[:MESSAGE]}", patience)
     return next(((process, text[1:]) for process, text in enumerate(heard) if text), None)
+
+
+def connected(mesh: Mesh) -> Mesh:
+    """This mesh, whose devices can exchange at once. CPUs of several processes connect, group by group, when a group
+    first exchanges something, and all have to come within 30 s then (Gloo's limit, which nothing sets): one that
+    compiles or loads for longer than another would end both. Here they meet on the host, and every group adds a number.
+    """
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return mesh
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [some for count in range(1, len(axes) + 1) for some in itertools.combinations(axes, count)]
+    everywhere = P(mesh.axis_names)
+
+    def add(x: jax.Array) -> list[jax.Array]:
+        return [jax.lax.psum(x, some) for some in groups]
+
+    one_each = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, everywhere), lambda _: np.ones(1, np.float32)
+    )
+    mapped = jax.shard_map(add, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    adds = jax.jit(mapped).lower(one_each).compile()
+    distributed.everyone("")
+    jax.block_until_ready(adds(one_each))
+    most(0)  # what goes from process to process has groups of its own
+    return mesh
 
 
 def sync(name: str) -> None:

@@ -199,7 +199,7 @@ def make_mesh(run: Run, devices: Sequence[Any] | None = None) -> Mesh:
             f"batch={run.batch} in microbatches={run.microbatches} cannot be spread over data×fsdp={shards} devices: "
             f"make it a multiple of {parts}, or set --mesh.data, --mesh.fsdp, --mesh.tensor"
         )
-    return mesh
+    return hosts.connected(mesh) if devices is None else mesh
 
 
 def _answered(run: Run) -> bool:

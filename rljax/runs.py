@@ -169,8 +169,9 @@ def group(runs: Sequence[Run], *, ignore: Collection[str] = ()) -> list[Group]:
 def _labels(settings: Sequence[Mapping[str, str]], members: Sequence[Sequence[Run]]) -> list[str]:
     """What tells groups apart where that is short, else the names of their runs, without a seed."""
     differing = [name for name, values in table(settings) if len(set(values)) > 1]
-    labels = [", ".join(_short(name, each[name]) for name in differing if name in each) for each in settings]
-    if not all(labels) or max(map(len, labels)) > 40:
+    told = [name for name in differing if name.rpartition(".")[2] != "code"]  # a hash, of what has a name beside it
+    labels = [", ".join(_short(name, each[name]) for name in told if name in each) for each in settings]
+    if not all(labels) or max(map(len, labels)) > 40 or len(set(labels)) < len(labels):
         bare = [{re.sub(SEED, "", run.name) for run in runs} for runs in members]
         labels = [names.pop() if len(names) == 1 else runs[0].name for names, runs in zip(bare, members, strict=True)]
     return labels if len(set(labels)) == len(labels) else [runs[0].name for runs in members]

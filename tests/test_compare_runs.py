@@ -73,7 +73,7 @@ def test_seeds_and_names_are_one_group_and_nothing_else_is(six):
 
 def test_labels_are_short_and_told_apart(tmp_path):
     loss = {"function": "rljax.losses.preference.dpo_loss", "beta": 0.1}
-    other = {"function": "rljax.losses.preference.ipo_loss", "beta": 0.1, "lam": 5}
+    other = {"function": "rljax.losses.preference.ipo_loss", "code": "1cde229da44427f9", "beta": 0.1, "lam": 5}
     for seed in (0, 1):
         write_run(tmp_path / f"a-seed{seed}", [], seed=seed, loss=loss)
         write_run(tmp_path / f"b-seed{seed}", [], seed=seed, loss=other)

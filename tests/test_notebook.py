@@ -6,12 +6,15 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
+import jax
 import pytest
 
-from rljax import progress
+from rljax import compilation, data, offline, program, progress
+from rljax.manifest import write_json
 from tests import compiler
-from tests.notebook import code_cells
+from tests.notebook import code_cells, execute
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILE = ROOT / "docs" / "new_loss.ipynb"
@@ -31,6 +34,10 @@ def pictures(cell):
 def table(text):
     """{(metric, group): the value of the first seed}"""
     return {(metric, group): float(first) for metric, group, _, first in TABLE.findall(text)}
+
+
+def numbers(text):
+    return [float(x) for x in re.findall(r"\d+\.?\d*", text)]
 
 
 def test_it_was_executed_from_top_to_bottom_and_nothing_failed():
@@ -64,7 +71,40 @@ def test_no_animation_where_somebody_only_says_it_is_a_terminal(monkeypatch, cap
     assert capsys.readouterr().out == "step 1/2  loss 1\n"
 
 
-@pytest.mark.slow
+def pretended(experiment):
+    """What `offline.run` leaves of a run for the cells that compare runs."""
+    offline.check(experiment)
+    folder = pathlib.Path(experiment.out) / experiment.name
+    folder.mkdir()
+    write_json(folder / "experiment.json", program.describe(experiment))
+    value = -1.0 if "dpop" in experiment.name else -4.0
+    names = ("chosen", "rejected", "margins", "accuracies")
+    rows = [{"step": step, **{f"eval/rewards/{name}": value * step for name in names}} for step in (0, 20, 40, 60)]
+    data.write_jsonl(folder / "metrics.jsonl", rows)
+    return 0
+
+
+def test_all_but_its_training_gives_what_it_shows(stories, tmp_path, monkeypatch):
+    (tmp_path / "stories260K").symlink_to(stories)  # the folder beside the notebook that its first cell looks for
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(offline, "run", pretended)
+    monkeypatch.setattr(compilation, "keep_programs", lambda: None)
+    monkeypatch.setattr(compilation, "hide_false_alarms", lambda: None)
+    with jax.numpy_rank_promotion("allow"):
+        now = execute(NOTEBOOK, {"SEEDS": [0]})
+    assert len(now) == len(CELLS)
+    for cell, (text, last) in zip(CELLS, now, strict=True):
+        assert (last == "Figure") == any(out["output_type"] == "execute_result" for out in cell["outputs"])
+        if table(text):
+            assert table(text).keys() == table(printed(cell)).keys()
+            assert "above all of DPO: True" in text
+        elif "report: " not in printed(cell):
+            assert numbers(text) == pytest.approx(numbers(printed(cell)), rel=1e-4)
+    assert [len(table(text)) for text, _ in now if table(text)] == [8]
+
+
+@pytest.mark.long
 def test_it_runs_and_shows_what_it_gives(stories, tmp_path):
     (tmp_path / "stories260K").symlink_to(stories)  # the folder beside the notebook that its first cell looks for
     env = os.environ | {
@@ -93,8 +133,7 @@ def test_it_runs_and_shows_what_it_gives(stories, tmp_path):
             assert "above all of DPO: True" in text
             assert "above all of DPO: True" in printed(cell)
         else:
-            numbers = [[float(x) for x in re.findall(r"\d+\.?\d*", said)] for said in (text, printed(cell))]
-            assert numbers[0] == pytest.approx(numbers[1], rel=1e-4)
+            assert numbers(text) == pytest.approx(numbers(printed(cell)), rel=1e-4)
     assert len(runs) == 1
     assert runs[0].count("✓") == printed(next(cell for cell in CELLS if "✓" in printed(cell))).count("✓") == 6
     assert len(found) == 8

@@ -98,6 +98,18 @@ def moody(mark: pathlib.Path):
     return ill
 
 
+def ill_at_3(peak, steps):
+    """A schedule that raises on the second process when the third step is logged."""
+
+    def at(count):
+        logged = not isinstance(count, jax.core.Tracer)  # outside the compiled update
+        if logged and int(count) == 3 and jax.process_index() == 1:
+            raise RuntimeError("the schedule is ill")
+        return peak
+
+    return at
+
+
 def _riddle(row, seed):
     """The seed is heard, so that episodes of other seeds are others."""
     return (seed, 0), f"{row['prompt']} {'abcdefgh'[seed % 8]}"
@@ -162,7 +174,10 @@ def experiment(name: str, model: str, folder):
             **on | {"group": 2, "save_every": 10}, reward=moody(pathlib.Path(folder) / "was_ill")
         ),
         "long": lambda: offline.SFT(
-            **common | {"steps": 25, "save_every": 100, "eval_every": 10}, data=f"{folder}/texts.jsonl"
+            **common | {"steps": 25, "save_every": 100, "eval_every": 10, "checks": False}, data=f"{folder}/texts.jsonl"
+        ),
+        "ill_at_3": lambda: offline.SFT(
+            **common | {"schedule": ill_at_3, "checks": False, "samples": 0}, data=f"{folder}/texts.jsonl"
         ),
     }  # fmt: skip
     return made[name]()

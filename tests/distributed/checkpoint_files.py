@@ -1,21 +1,18 @@
-"""Several processes read and write checkpoints: `python -m tests.distributed.checkpoint_files SOURCE FOLDER`.
-
-Process i leaves what it saw in FOLDER/seen.i.json, under the name of each mesh.
+"""Several processes read and write checkpoints. Process i leaves what it saw in FOLDER/seen.i.json, under the names of
+the meshes.
 """
 
 import json
 import math
 import pathlib
-import sys
 
 import jax
 import numpy as np
 
 from rljax import checkpoint, hosts, sharding
 from rljax.models import RULES, hf, hf_read
-from tests.distributed.several import connect
 
-MESHES = {"fsdp": {"fsdp": 8}, "both": {"fsdp": 4, "tensor": 2}, "tensor": {"fsdp": 1, "tensor": 8}}
+MESHES = {"fsdp": {"fsdp": 4}, "both": {"fsdp": 2, "tensor": 2}, "tensor": {"fsdp": 1, "tensor": 4}}
 
 
 class Counted:
@@ -47,12 +44,12 @@ def held(params) -> int:
 
 
 def main(source: str, folder: pathlib.Path) -> None:
-    connect()
+    folder.mkdir(exist_ok=True)
     _, expected = hf.load(source)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(expected))
     seen = {"size": size}
     for name, axes in MESHES.items():
-        mesh = sharding.make_mesh(**axes)
+        mesh = hosts.connected(sharding.make_mesh(**axes))
         counted = hf_read.open_safetensors = Counted()
         model, params = hf.load(source, mesh=mesh)
         hf_read.open_safetensors = counted.open
@@ -74,7 +71,3 @@ def main(source: str, folder: pathlib.Path) -> None:
         same = jax.tree.map(lambda a, b: np.array_equal(hosts.whole(a), b), restored, expected)
         seen[name]["restored"] = all(jax.tree.leaves(same)) and math.isclose(held(restored), seen["tensor"]["held"])
     (folder / f"seen.{jax.process_index()}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]))

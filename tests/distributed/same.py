@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shutil
 
 import numpy as np
 
@@ -32,6 +33,22 @@ def alone(file: str, out: pathlib.Path, *options: str) -> pathlib.Path:
     """The same file in this process, on one device; the run's folder."""
     assert cli.main(call(file, out, {}, *options)) == 0
     return out / pathlib.Path(file).stem
+
+
+def copied(run: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(run, out / run.name))
+
+
+def begun(run: pathlib.Path, out: pathlib.Path, step: int = 2) -> pathlib.Path:
+    """A copy of a run as it was when only its checkpoint of `step` had been written."""
+    copy = copied(run, out)
+    later = [
+        folder for folder in (copy / "checkpoints").iterdir() if folder.name.isdecimal() and int(folder.name) > step
+    ]
+    assert later
+    for folder in later:
+        shutil.rmtree(folder)
+    return copy
 
 
 def assert_same(one: pathlib.Path, other: pathlib.Path, *, tolerance: float = 2e-3, after: int = -1) -> None:

@@ -1,15 +1,17 @@
 """Several calls of the command line in one process: `python -m tests.distributed.several '[[STATUS, ["run", …]], …]'`.
 
-Each call has to end with its status.
+Each call has to end with its status. ["checkpoints", SOURCE, FOLDER] is a call of `checkpoint_files`.
 """
 
 import faulthandler
 import json
+import pathlib
 import sys
 
 import jax
 
 from rljax import cli, distributed
+from tests.distributed import checkpoint_files
 
 
 def connect() -> None:
@@ -18,10 +20,15 @@ def connect() -> None:
     distributed.initialize()
 
 
+def checkpoints(source: str, folder: str) -> int:
+    checkpoint_files.main(source, pathlib.Path(folder))
+    return 0
+
+
 def main() -> None:
     connect()
     for expected, call in json.loads(sys.argv[1]):
-        status = cli.main(call)
+        status = checkpoints(*call[1:]) if call[0] == "checkpoints" else cli.main(call)
         if status != expected:
             print(f"{call} ended with the status {status}", file=sys.stderr)
             raise SystemExit(status or 1)

@@ -1,9 +1,11 @@
-"""Every reproduction card takes two steps: on a small random model of its family, with rows as its data set has them.
+"""Every reproduction card on a small random model of its family, with rows as its data set has them.
 
-Models and data lie where a card looks for them, under the names it has in the card, so that the steps of a pipeline are
-run as their docstrings say: one after the other, each finding what the one before has left under runs/.
+Each reads its rows, and its programs are traced; one pipeline takes two steps of each of its cards here, all do with
+RLJAX_ALL_TESTS. Models and data lie where a card looks for them, under the names it has in the card, so that the steps
+of a pipeline are run as their docstrings say: in turn, each finding what the one before has left under runs/.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,9 +19,10 @@ import pyarrow.parquet
 import pytest
 from safetensors.numpy import save_file
 
-from rljax import cli, data, policy, tracking
-from rljax.models import hf_read
+from rljax import cli, data, models, offline, online, plan, policy, program, prompts, rewards, settings, tracking
+from rljax.models import hf, hf_read
 from rljax.models.tensors import open_safetensors
+from rljax.plan import programs
 from tests.data.conftest import SMOLLM2, byte_level
 
 CARDS = pathlib.Path(__file__).parents[2] / "experiments" / "cards"
@@ -179,6 +182,100 @@ def write_data(name: str) -> pathlib.Path:
     return folder
 
 
+# --- traced -----------------------------------------------------------------------------------------------------------
+
+ULTRA, IMDB = "HuggingFaceH4/ultrafeedback_binarized", "stanfordnlp/imdb"
+POSTS, COMPARED = "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "openai/summarize_from_feedback:comparisons"
+ROWS = {  # the option of each card that names its rows, and their name
+    "sft_hh_pythia_2p8b": ("--data.source", "Anthropic/hh-rlhf"),
+    "dpo_hh_pythia_2p8b": ("--data", "Anthropic/hh-rlhf"),
+    "tldr_sft_pythia": ("--data.source", POSTS),
+    "tldr_reward_model_pythia": ("--data.source", COMPARED),
+    "tldr_ppo_pythia": ("--data.source", POSTS),
+    "dpo_tldr_pythia_2p8b": ("--data.source", COMPARED),
+    "imdb_sft_gpt2_large": ("--data", IMDB),
+    "imdb_dpo_gpt2_large": ("--data.source", IMDB),
+    "imdb_ppo_gpt2_large": ("--data.source", IMDB),
+    "grpo_gsm8k_qwen3_1p7b": ("--data.source", "openai/gsm8k:main"),
+    "dpo_ultrafeedback_qwen2p5": ("--data", ULTRA),
+    "simpo_ultrafeedback_qwen2p5": ("--data", ULTRA),
+    "dpo_ultrafeedback_llama3_8b": ("--data", "princeton-nlp/llama3-ultrafeedback"),
+    "simpo_ultrafeedback_llama3_8b": ("--data", "princeton-nlp/llama3-ultrafeedback"),
+    "zephyr_sft": ("--data", "HuggingFaceH4/ultrachat_200k"),
+    "zephyr_dpo": ("--data", ULTRA),
+}
+LEFT = {  # by the cards before: what the next ones begin with
+    "runs/sft_hh_pythia_2p8b/export": "EleutherAI/pythia-2.8b",
+    "runs/tldr_sft_pythia/export": "EleutherAI/pythia-2.8b-deduped",
+    "runs/imdb_sft_gpt2_large/export": "openai-community/gpt2-large",
+    "runs/zephyr_template/model": "mistralai/Mistral-7B-v0.1",
+    "runs/zephyr_sft/export": "mistralai/Mistral-7B-v0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """A working folder in which all pipelines have been run up to their last cards."""
+    folder = tmp_path_factory.mktemp("left")
+    for name, made in MODELS.items():
+        write_model(folder / name, *made)
+    for path, name in LEFT.items():
+        fixture, template = MODELS[name]
+        zephyr = cli.import_file(CARDS / "zephyr_template.py").TEMPLATE
+        write_model(folder / path, fixture, zephyr if "zephyr" in path else template)
+    start = policy.load(str(folder / "runs/tldr_sft_pythia/export"))
+    head = models.scalar_head(start.model.config.hidden_size).init(jax.random.key(0))
+    judge = folder / "runs/tldr_reward_model_pythia/export"
+    judge.parent.mkdir()
+    hf.save_reward(judge, start.model, {"model": start.params, "head": head}, tokenizer=start.tokenizer)
+    return folder
+
+
+def typed(name: str, *options: str) -> list[str]:
+    """As a user types it, but for sizes and where the data are."""
+    warm = ["--schedule.warmup", "0"] if "warmup=" in (CARDS / f"{name}.py").read_text() else []
+    return [str(CARDS / f"{name}.py"), *TINY, *options, *warm]
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Imports a file of the folder, and forgets it afterwards."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = set(sys.modules)
+    yield lambda name: cli.import_file(CARDS / f"{name}.py")
+    for name in {file.stem for file in CARDS.glob("*.py")} & (set(sys.modules) - before):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_card_reads_its_rows_and_its_programs_are_traced(name, left, cards, monkeypatch, tmp_path):
+    monkeypatch.chdir(left)
+    option, rows = ROWS[name]
+    few = ["--data.count", "32"] if name == "imdb_ppo_gpt2_large" else []
+    few += ["--data.longest", "64"] if "tldr" in name else []
+    run, _ = cli.read_experiment(typed(name, option, str(write_data(rows)), *few), "run")
+    is_online = isinstance(run, online.Sampled)
+    (settings.check if is_online else offline.check)(run)
+    mesh = program.make_mesh(run)
+    with jax.set_mesh(mesh), tracking.Tracker(tmp_path / "log", total_steps=2, tensorboard=False) as tracker:
+        if name != "imdb_dpo_gpt2_large":  # whose rows the policy writes
+            start = program.load_policy(run, mesh)
+            read = program.read_rows(run, start, tmp_path / "run", tracker)
+            assert len(read[0]) + len(read[1]) == (32 if few[1:] == ["32"] else 96)
+            if is_online:
+                kept, held_out, _ = prompts.tried(run, start, read)
+                assert (len(kept), len(held_out)) == (len(read[0]), len(read[1]))
+                rewards.check_fields(rewards.as_rewards(run.reward), prompts.fields(kept))
+            else:
+                fresh = dataclasses.replace(run, cache_reference=False) if hasattr(run, "cache_reference") else run
+                task = offline._task(fresh, start, read, mesh, tracker)
+                assert task.tokens(task.batch(0)).mask.any(1).all()
+        found = programs.programs(run, mesh, plan.describe(run.model))
+        assert [note for note in found.notes if "left out" in note] == []
+        for one in found.programs:
+            one.function.trace(*one.args)
+
+
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -196,12 +293,8 @@ def world(tmp_path, monkeypatch):
 
 
 def run_card(name: str, *options: str) -> list[dict]:
-    """The metrics of two steps of a card, as a user types it but for sizes and where the data are."""
-    text = (CARDS / f"{name}.py").read_text()
-    argv = ["run", str(CARDS / f"{name}.py"), *TINY, *options]
-    if "warmup=" in text:
-        argv += ["--schedule.warmup", "0"]
-    assert cli.main(argv) == 0
+    """The metrics of two steps of a card."""
+    assert cli.main(["run", *typed(name, *options)]) == 0
     records = tracking.read_rows(pathlib.Path("runs", name, "metrics.jsonl"))
     assert [record["step"] for record in records] == [0, 1, 2]
     losses = [value for record in records[1:] for key, value in record.items() if key.split("/")[0] == "loss"]
@@ -232,7 +325,7 @@ def test_hh(world):
     assert begun_with("dpo_hh_pythia_2p8b") == "runs/sft_hh_pythia_2p8b/export"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tldr(world):
     posts, pairs = map(str, map(write_data, (name for name in DATA if "summarize" in name)))
     short = ["--data.longest", "64"]
@@ -246,7 +339,7 @@ def test_tldr(world):
     run_card("dpo_tldr_pythia_2p8b", "--data.source", pairs, *short)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_imdb(world):
     rows = str(write_data("stanfordnlp/imdb"))
     run_card("imdb_sft_gpt2_large", "--data", rows)
@@ -264,7 +357,7 @@ def test_imdb(world):
     assert 0 < records[2]["rewards/siebert/mean"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gsm8k(world):
     rows = write_data("openai/gsm8k:main")
     records = run_card("grpo_gsm8k_qwen3_1p7b", "--data.source", str(rows), "--group", "2")
@@ -272,7 +365,7 @@ def test_gsm8k(world):
     assert records[2]["eval/rewards/numeric_match/mean"] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "rows"),
     [
@@ -286,7 +379,7 @@ def test_ultrafeedback(name, rows, world):
     assert run_card(name, "--data", str(write_data(rows)))[2]["rewards/accuracies"] is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zephyr(world):
     assert cli.main(["run", str(CARDS / "zephyr_template.py")]) == 0
     assert policy.load("mistralai/Mistral-7B-v0.1").tokenizer.chat_template is None  # the source is as it was
@@ -302,16 +395,6 @@ def test_zephyr(world):
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cards(monkeypatch):
-    """Imports a file of the folder, and forgets it afterwards."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    before = set(sys.modules)
-    yield lambda name: cli.import_file(CARDS / f"{name}.py")
-    for name in {file.stem for file in CARDS.glob("*.py")} & (set(sys.modules) - before):
-        del sys.modules[name]
 
 
 def test_a_query_is_written_and_cut_as_openai_does(cards):
@@ -357,7 +440,8 @@ def test_prefixes_are_the_beginnings_of_reviews(cards, tmp_path, monkeypatch):
 
 
 def test_every_card_is_run_here(cards):
-    assert sorted(itertools.chain(*PIPELINES.values())) == [file.stem for file in cards("_gallery").cards()]
+    names = [file.stem for file in cards("_gallery").cards()]
+    assert sorted(itertools.chain(*PIPELINES.values())) == sorted(ROWS) == names
     text = pathlib.Path(__file__).read_text().split("# --- running")[1]
     assert not [name for name in itertools.chain(*PIPELINES.values()) if f'"{name}"' not in text]
 
