@@ -35,6 +35,17 @@ experiment = offline.SFT(
 )
 """
 
+EXCHANGE = """
+from rljax import hosts, sharding
+
+def main():
+    hosts.connected(sharding.make_mesh())
+    for step in range(1_000_000):
+        hosts.most(step)
+        if step == 3:
+            print("exchanged", flush=True)
+"""
+
 
 @pytest.fixture
 def started(small, tmp_path):
@@ -58,7 +69,7 @@ def said(folder, process):
     return (folder.parent / "said" / f"said.{process}").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_runs.py has the second
 @pytest.mark.parametrize("ill", [0, 1])
 def test_what_fails_on_one_process_ends_both_with_its_reason(started, ill):
     running, folder = started(schedule="moody", moody=ill, after=0)  # it may end before it has written a step
@@ -70,21 +81,42 @@ def test_what_fails_on_one_process_ends_both_with_its_reason(started, ill):
         assert "Gloo All" not in said(folder, process)  # that the other was gone is not the reason
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_is_killed_ends_the_other_in_time(started, lost):
-    running, folder = started()
+def ends_in_time(running, lost):
     running[lost].send_signal(signal.SIGKILL)
     began = time.monotonic()
     found = pair.wait(running, 60)
     assert found[lost] == -signal.SIGKILL
     assert found[1 - lost] not in (None, 0)
-    assert time.monotonic() - began < int(LOST) + 10
+    assert time.monotonic() - began < int(LOST) + 20
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_other_in_time(tmp_path):
+    """The second, between two exchanges with the first."""
+    file = pair.files(tmp_path, {"exchange": EXCHANGE})["exchange"]
+    running = pair.start(pair.rljax("run", file), tmp_path / "said", devices=1, RLJAX_TIMEOUT=LOST)
+    try:
+        deadline = time.monotonic() + 200
+        while "exchanged" not in said(tmp_path / "run", 0):
+            assert running[0].poll() is None, pair.said(tmp_path / "said")
+            assert time.monotonic() < deadline, pair.said(tmp_path / "said")
+            time.sleep(0.05)
+        ends_in_time(running, 1)
+    finally:
+        pair.end(running)
+    assert "(stopped sending heartbeats):\n1" in said(tmp_path / "run", 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_of_a_run_that_is_killed_ends_the_other_in_time(started, lost):
+    running, folder = started()
+    ends_in_time(running, lost)
     reason = "leader task was preempted/died" if lost == 0 else "(stopped sending heartbeats):\n1"
     assert reason in said(folder, 1 - lost)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_runs.py sends one of them a signal
 def test_sigterm_to_all_saves_and_the_same_command_resumes_to_the_same_bits(started):
     running, folder = started("--steps", "60", "--name", "stopped", after=0)
     wait_for_record(folder.parent / "stopped", 5, running[0])

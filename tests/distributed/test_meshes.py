@@ -16,15 +16,14 @@ MESHES = {
     "long": {"data": 2, "context": 4},
 }
 PROGRAMS = ("packed", "reward", "dpo_fresh", "kto", "ppo", "grpo_device", "both", "dapo", "online_dpo", "raft")
-SHORT = ("--steps", "2", "--no-checks", "--samples", "2", "--max-completion", "8")
+SHORT = ("--steps", "2", "--no-checks", "--samples", "2", "--max-completion", "6")
 
 
-# What two processes do on a mesh in test_offline.py and test_online.py is not done again; every other kind of mesh is.
-FEW = {"packed": "data", "ppo": "three", "dapo": "context", "online_dpo": "wide", "raft": "long"}
+FEW = {"dapo": "context"}  # which no run of two processes in test_runs.py has
 
 
 def meshes(program: str) -> list[str]:
-    """One for each of a few programs; with RLJAX_ALL_TESTS all for all of them (ten minutes)."""
+    """One; with RLJAX_ALL_TESTS all for all programs (ten minutes)."""
     return list(MESHES) if os.environ.get("RLJAX_ALL_TESTS") else [FEW[program]]
 
 

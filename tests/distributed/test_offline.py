@@ -12,6 +12,7 @@ MESHES = {  # 2 processes × 4 devices; context=8 gives both of them all rows
     "dpo_fresh": {"data": 2, "fsdp": 2, "tensor": 2},
     "kto": {"context": 8},
 }
+pytestmark = pytest.mark.long  # test_runs.py has a part of it
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,6 @@ def runs(small, tmp_path_factory):
     return files, folder, said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_two_processes_find_what_one_finds(runs, name):
     """Losses, metrics, held-out metrics and samples, step by step."""
@@ -35,7 +35,6 @@ def test_two_processes_find_what_one_finds(runs, name):
     assert max(np.diff(losses)) != 0  # something is learned that could have come out differently
 
 
-@pytest.mark.slow
 def test_only_the_first_process_speaks_and_writes(runs):
     _, folder, _ = runs
     second = (folder / "said" / "said.1").read_text().splitlines()

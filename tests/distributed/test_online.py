@@ -10,6 +10,7 @@ MESHES = {  # 2 processes × 2 devices; tensor=4 gives both of them all rows, of
     "both": {"tensor": 4},
     "episodes": {"fsdp": 4},
 }
+pytestmark = pytest.mark.long  # test_runs.py has a part of it
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,6 @@ def runs(small, tmp_path_factory):
     return files, folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_two_processes_find_what_one_finds(runs, name):
     """Tokens, rewards, metrics, held-out completions and what is kept of single tokens, step by step."""

@@ -1,7 +1,5 @@
 """A run that was begun by so many processes on this mesh goes on with another number of them on another mesh."""
 
-import pathlib
-import shutil
 import signal
 
 import pytest
@@ -13,19 +11,7 @@ from tests.test_programs import wait_for_record
 
 BEGUN = {"dpo": {"tensor": 4}, "dapo": {"fsdp": 2, "context": 2}}  # by 2 processes × 2 devices
 TAKEN_OVER = {"dpo": {"fsdp": 2, "tensor": 4}, "dapo": {"fsdp": 8}}  # by 1 process × 8
-
-
-def begun(run: pathlib.Path, out: pathlib.Path, step: int = 2) -> pathlib.Path:
-    """A copy of a run as it was when only its checkpoint of `step` had been written."""
-    copy = out / run.name
-    shutil.copytree(run, copy)
-    later = [
-        folder for folder in (copy / "checkpoints").iterdir() if folder.name.isdecimal() and int(folder.name) > step
-    ]
-    assert later
-    for folder in later:
-        shutil.rmtree(folder)
-    return copy
+pytestmark = pytest.mark.long  # test_runs.py does it with one program
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +20,7 @@ def runs(small, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     files = same.files(small, folder, BEGUN)
     for name in BEGUN:
-        begun(same.alone(files[name], folder / "one"), folder / "from_one")
+        same.begun(same.alone(files[name], folder / "one"), folder / "from_one")
     calls = [same.call(files[name], folder / "two", mesh) for name, mesh in BEGUN.items()]
     calls += [same.call(files[name], folder / "from_one", mesh) for name, mesh in BEGUN.items()]
     said = pair.run(pair.several(*calls), folder / "said", seconds=500, devices=2, RLJAX_CACHE=str(folder / "cache"))
@@ -42,31 +28,27 @@ def runs(small, tmp_path_factory):
     return files, folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BEGUN)
 def test_two_processes_find_what_one_finds(runs, name):
     _, folder = runs
     same.assert_same(folder / "one" / name, folder / "two" / name, tolerance=5e-3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BEGUN)
 def test_two_processes_go_on_with_what_one_has_begun(runs, name):
     _, folder = runs
     same.assert_same(folder / "one" / name, folder / "from_one" / name, tolerance=5e-3, after=2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BEGUN)
 def test_one_process_goes_on_with_what_two_have_begun(runs, name, capsys):
     files, folder = runs
-    run = begun(folder / "two" / name, folder / "from_two")
+    run = same.begun(folder / "two" / name, folder / "from_two")
     assert cli.main(same.call(files[name], folder / "from_two", TAKEN_OVER[name])) == 0
     assert "resumed at step 2" in capsys.readouterr().out
     same.assert_same(folder / "one" / name, run, tolerance=5e-3, after=2)
 
 
-@pytest.mark.long
 def test_a_reward_that_fails_on_one_host_ends_all_with_its_reason(small, tmp_path):
     """All save, say why and leave at once; the same command goes on to the bits of a run that had no such trouble."""
     files = same.files(small, tmp_path, ["moody"])
@@ -82,7 +64,6 @@ def test_a_reward_that_fails_on_one_host_ends_all_with_its_reason(small, tmp_pat
     same.assert_same(same.alone(files["moody"], tmp_path / "one"), tmp_path / "well" / "moody", tolerance=5e-3)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_and_one_process_goes_on(small, tmp_path):
     files = same.files(small, tmp_path, ["long"])
     command = pair.several(same.call(files["long"], tmp_path / "two", {"fsdp": 4}))

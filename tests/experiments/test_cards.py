@@ -5,12 +5,16 @@ RLJAX_ALL_TESTS. Models and data lie where a card looks for them, under the name
 of a pipeline are run as their docstrings say: in turn, each finding what the one before has left under runs/.
 """
 
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import math
 import pathlib
+import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -493,10 +497,20 @@ def test_plans_go_back_where_they_were_read(cards):
     assert plans.command("rljax plan x.py --topology v5e:4x4\n    not made yet") == "rljax plan x.py --topology v5e:4x4"
 
 
-def test_what_a_plan_prints_is_quoted(cards, tmp_path):
+def in_this_process(command, **_):
+    """What `subprocess.run` gives of `python -m rljax …`."""
+    assert command[:3] == [sys.executable, "-m", "rljax"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.main(command[3:])
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def test_what_a_plan_prints_is_quoted(cards, tmp_path, monkeypatch):
     """The plan of a card for the fixture of its family, written into a copy of the card, and read for the gallery."""
     pytest.importorskip("libtpu")
     plans, gallery = cards("_plans"), cards("_gallery")
+    monkeypatch.setattr(plans, "subprocess", types.SimpleNamespace(run=in_this_process))
     write_model(tmp_path / "pythia", *NEOX)
     sizes = "--batch 8 --max_prompt 64 --max_completion 16"
     command = f"rljax plan experiments/cards/tldr_sft_pythia.py --topology v5e:2x2 --model {tmp_path}/pythia {sizes}"
