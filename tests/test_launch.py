@@ -230,6 +230,17 @@ def cloud(tmp_path):
     cloud.end()
 
 
+def undisturbed(cloud: Cloud, file: str) -> None:
+    """A slice is made, a run begun and ended, the slice deleted."""
+    cloud.do("create.sh", *OPTIONS)
+    cloud.do("setup.sh", *OPTIONS, "--copy", file)
+    cloud.do("run.sh", pathlib.Path(file).name)
+    assert cloud.ended() == ["0", "0"], cloud.job(0, "log")
+    assert re.findall("^rljax:.*$", cloud.do("status.sh"), re.MULTILINE) == ["rljax:ended:0"] * 2
+    assert cloud.job(0, "log").splitlines()[-1] in cloud.do("logs.sh", "--last", "3")
+    cloud.do("delete.sh")
+
+
 @pytest.fixture(scope="module")
 def whole(small, tmp_path_factory):
     """(the file, the folder of its run, what the cloud was asked): begun and ended by hand, undisturbed."""
@@ -237,13 +248,7 @@ def whole(small, tmp_path_factory):
     file = pair.files(folder / "files", {"sft": EXPERIMENT.format(model=str(small), texts=cases.texts(folder))})["sft"]
     cloud = Cloud(folder)
     try:
-        cloud.do("create.sh", *OPTIONS)
-        cloud.do("setup.sh", *OPTIONS, "--copy", file)
-        cloud.do("run.sh", "sft.py")
-        assert cloud.ended() == ["0", "0"], cloud.job(0, "log")
-        assert re.findall("^rljax:.*$", cloud.do("status.sh"), re.MULTILINE) == ["rljax:ended:0"] * 2
-        assert cloud.job(0, "log").splitlines()[-1] in cloud.do("logs.sh", "--last", "3")
-        cloud.do("delete.sh")
+        undisturbed(cloud, file)
     finally:
         cloud.end()
     return file, folder / "share" / "sft", cloud.calls()
@@ -272,10 +277,15 @@ def test_scripts_are_clean_and_small(script):
     assert script.name == "common.sh" or os.access(script, os.X_OK) or script.suffix == ".sbatch"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_slice_from_create_to_delete(whole):
-    """The calls of the undisturbed run, and what a worker was told."""
     file, run, calls = whole
+    assert_undisturbed(file, calls)
+    assert [row["step"] for row in tracking.read_rows(run / "metrics.jsonl")] == list(range(25))
+
+
+def assert_undisturbed(file, calls):
+    """The calls of an undisturbed run, and what a worker was told."""
     create, copy, setup, start, status, logs, delete = calls
     assert create == [
         *("create", "my-slice", "--node-id", "my-slice", "--accelerator-type", "v5litepod-8"),
@@ -289,10 +299,9 @@ def test_a_slice_from_create_to_delete(whole):
     assert shlex.split(start[5])[3:] == ["rljax", "sft.py"]
     assert logs == ["ssh", "my-slice", "--node=0", "--worker=0", "--command", "tail -n 3 ~/rljax-job/log"]
     assert delete == ["delete", "my-slice", "--force"]
-    assert [row["step"] for row in tracking.read_rows(run / "metrics.jsonl")] == list(range(25))
 
 
-@pytest.mark.slow
+@pytest.mark.long  # with a program that records what it is told: below
 def test_a_preempted_run_is_brought_back_and_ends_with_the_same_bits(cloud, whole):
     file, undisturbed, _ = whole
     words = ["--name", 'it\'s $HOME; "a" & b']
@@ -323,6 +332,38 @@ trap 'exit 143' TERM
 until [ -e "$FAKE_CLOUD/over" ]; do sleep 0.1; done
 exit STATUS
 """
+
+
+def test_a_slice_from_create_to_delete_with_a_program_that_records(cloud):
+    (file,) = pair.files(cloud.folder, {"sft": ""}).values()
+    program(cloud.folder / "bin" / "rljax", RECORDS.replace("STATUS", "0"))
+    (cloud.folder / "over").touch()
+    undisturbed(cloud, file)
+    assert_undisturbed(file, cloud.calls())
+
+
+def test_a_slice_that_is_taken_away_is_made_again(cloud):
+    program(cloud.folder / "bin" / "rljax", RECORDS.replace("STATUS", "0"))
+    watch = cloud.start("watch.sh", *OPTIONS, "--delete", "a.py")
+
+    def wait_for(what):
+        deadline = time.monotonic() + 250
+        while not what():
+            assert watch.poll() is None, cloud.said(watch)
+            assert time.monotonic() < deadline, cloud.said(watch)
+            time.sleep(0.1)
+
+    wait_for(lambda: all("said by" in cloud.job(worker, "log") for worker in (0, 1)))
+    (cloud.folder / "state").write_text("SUSPENDING")
+    for worker in (0, 1):
+        cloud.shut_down(worker)
+    assert cloud.ended() == ["143", "143"], cloud.job(0, "log")
+    (cloud.folder / "over").touch()
+    (cloud.folder / "state").write_text("SUSPENDED")
+    assert watch.wait(250) == 0, cloud.said(watch)
+    verbs = [call[0] for call in cloud.calls() if call[0] in ("create", "delete")]
+    assert verbs == ["create", "delete", "create", "delete"]
+    assert not (cloud.folder / "worker0").exists()
 
 
 def test_any_words_arrive_as_they_are(cloud):
@@ -477,7 +518,7 @@ def test_help_names_every_option_that_a_script_reads(cloud, script):
         assert f"--{name.lower().replace('_', '-')}" in said
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slurm_ends_a_run_in_time_puts_it_back_and_resumes_to_the_same_bits(cloud, whole):
     file, undisturbed, _ = whole
     program(cloud.folder / "path" / "srun", SRUN)
@@ -494,6 +535,25 @@ def test_slurm_ends_a_run_in_time_puts_it_back_and_resumes_to_the_same_bits(clou
     assert "resumed at step" in cloud.do("slurm.sbatch", file, seconds=250, **variables)
     assert not (cloud.folder / "scontrol.said").exists()
     same_as_whole(run, undisturbed)
+
+
+def test_slurm_puts_back_what_it_ends(cloud):
+    program(cloud.folder / "path" / "srun", SRUN)
+    program(cloud.folder / "path" / "scontrol", '#!/bin/sh\necho "$@" > scontrol.said\n')
+    program(cloud.folder / "bin" / "rljax", RECORDS.replace("STATUS", "0"))
+    variables = {"SLURM_JOB_ID": "77", "RLJAX": str(cloud.folder / "bin" / "rljax"), "HOME": str(cloud.folder)}
+    step, deadline = cloud.start("slurm.sbatch", "a.py", **variables), time.monotonic() + 60
+    while cloud.said(step).count("said by") < 2 or not (cloud.folder / "srun.pid").exists():
+        assert step.poll() is None, cloud.said(step)
+        assert time.monotonic() < deadline, cloud.said(step)
+        time.sleep(0.05)
+    os.kill(int((cloud.folder / "srun.pid").read_text()), signal.SIGTERM)
+    assert step.wait(60) == 143, cloud.said(step)
+    assert (cloud.folder / "scontrol.said").read_text() == "requeue 77\n"
+    (cloud.folder / "scontrol.said").unlink()
+    (cloud.folder / "over").touch()
+    cloud.do("slurm.sbatch", "a.py", **variables)
+    assert not (cloud.folder / "scontrol.said").exists()
 
 
 def test_slurm_is_told_when_to_signal_and_gives_each_process_a_gpu():
