@@ -38,12 +38,7 @@ MESHES = {
     "data=2 fsdp=2 tensor=2": {"data": 2, "fsdp": 2, "tensor": 2},
     "fsdp=2 context=2 tensor=2": {"fsdp": 2, "context": 2, "tensor": 2},
 }
-MARKS = {  # the axes of the first two are in others too
-    "fsdp=8": pytest.mark.long,
-    "data=2 fsdp=4": pytest.mark.long,
-    "data=2 fsdp=2 tensor=2": pytest.mark.slow,
-    "fsdp=2 context=2 tensor=2": pytest.mark.slow,
-}
+MARKS = {"data=2 fsdp=2 tensor=2": "slow"}  # the axes of all but the last, whose bounds are wider
 PROMPT, COMPLETION, ROWS = 24, 24, 8
 LARGE = 16_384  # bytes: no parameter, moment or logits array of this size is whole on any device
 
@@ -96,7 +91,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("model")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in MESHES])
+@pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, MARKS.get(name, "long"))) for name in MESHES])
 def both(request, folder):
     """(DPO, PPO) on one of the meshes, compiled once for all tests of this file."""
     return _made("dpo", folder, request.param), _made("ppo", folder, request.param)

@@ -15,6 +15,7 @@ from rljax.offline import set_up as offline_set_up
 from rljax.online_setup import set_up as online_set_up
 from rljax.plan import estimate, programs
 from rljax.plan.configs import describe
+from tests import compiler
 from tests.distributed import cases
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -101,7 +102,7 @@ def test_the_table_says_what_the_compiler_says(name, tmp_path):
         assert memory.temp_size_in_bytes / count > gradient
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_temporaries_on_a_tpu_are_a_gradient_and_a_copy_in_bfloat16(tmp_path):
     """Of a model large enough that what a layer needs is little beside it: 0.98 billion parameters on four chips."""
     wide = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 16}
@@ -119,24 +120,24 @@ def metrics(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dpo", pytest.param("whole", marks=pytest.mark.long)])
-def test_weights_that_wait_in_host_memory_change_no_bit(kind, stories, tmp_path):
+def test_weights_that_wait_in_host_memory_change_no_bit(kind, small, tmp_path):
     run = {
         "dpo": functools.partial(DPO, data=cases.pairs(tmp_path), cache_reference=False),
         "whole": functools.partial(presets.grpo, data=cases.prompts(tmp_path), reward=short, group=2, kl_loss=0.04),
     }[kind]
-    small = SMALL | {"steps": 2, "max_prompt": 32, "eval_rows": 4, "eval_every": 2, "save_every": 2, "samples": 0}
-    del small["data"]
+    sizes = SMALL | {"steps": 2, "max_prompt": 32, "eval_rows": 4, "eval_every": 2, "save_every": 2, "samples": 0}
+    del sizes["data"]
     for name, away in (("device", False), ("host", True)):
-        experiment = run(model=str(stories), out=str(tmp_path), name=name, offload_reference=away, **small)
+        experiment = run(model=str(small), out=str(tmp_path), name=name, offload_reference=away, checks=False, **sizes)
         (offline if kind == "dpo" else online).run(experiment)
     assert metrics(tmp_path / "device") == metrics(tmp_path / "host")
     assert len(metrics(tmp_path / "host")) > 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SFT", "DPO", "the same, `--offload-reference`", "Dr. GRPO", "GRPO", "PPO"])
-def test_no_weights_are_alive_that_the_table_does_not_know(name, stories, tmp_path):
-    """After everything is set up, of a real checkpoint."""
+def test_no_weights_are_alive_that_the_table_does_not_know(name, stories, tmp_path, monkeypatch):
+    """After everything is set up but for the compiler, of a real checkpoint."""
+    compiler.leave_out(monkeypatch)
     data = cases.texts if name == "SFT" else cases.prompts if "PO" in name and "DPO" not in name else cases.pairs
     settings = SMALL | {"data": data(tmp_path), "eval_rows": 2, "max_prompt": 32}
     run = RUNS[name](model=str(stories), out=str(tmp_path), **settings)

@@ -19,6 +19,7 @@ from rljax import cli, data, losses, offline, online_setup, presets, program, re
 from rljax import plan as planning
 from rljax.models import unstack
 from rljax.plan import costs, estimate, hlo, meshes, programs, topologies
+from tests import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 LLAMA_3_8B = {  # as published
@@ -209,20 +210,10 @@ def bare(text):
     return re.sub(r"( \{)?sdy.sharding = #sdy.sharding<@mesh, \[\]>,? ?|[{}]", "", text)
 
 
-class Kept:
-    """In place of a compiled program, the text of which it would be made."""
-
-    def __init__(self, lowered):
-        self.text = bare(lowered.as_text())
-
-    def memory_analysis(self):
-        return None
-
-
 @pytest.fixture
 def not_compiled(monkeypatch):
-    """What is compiled ahead of time stays text, so that two programs are compared without a compiler."""
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self, *_, **__: Kept(self))
+    """Two programs are compared without a compiler."""
+    compiler.leave_out(monkeypatch)
 
 
 @pytest.fixture
@@ -274,7 +265,7 @@ def test_offline_plans_compile_what_a_run_compiles(kind, story, not_compiled, tm
     with jax.set_mesh(mesh), tracking.Tracker(tmp_path / "log", total_steps=2, tensorboard=False) as tracker:
         setup = offline.set_up(run, mesh, tmp_path / "run", tracker)
         planned = planned_here(run)
-        assert bare(planned["update"].as_text()) == setup.update.text
+        assert bare(planned["update"].as_text()) == bare(setup.update.lowered.as_text())
 
 
 @pytest.mark.parametrize("on_device", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -298,7 +289,7 @@ def test_online_plans_compile_what_a_run_compiles(on_device, story, not_compiled
     planned = planned_here(run)
     real = {"iteration": setup.whole} if on_device else {"sampler": setup.sampler.sample, "update": setup.learn}
     for name, compiled in real.items():
-        assert bare(planned[name].as_text()) == compiled.text, name
+        assert bare(planned[name].as_text()) == bare(compiled.lowered.as_text()), name
 
 
 def test_reward_models_are_held_too(tmp_path):

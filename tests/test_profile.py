@@ -31,23 +31,35 @@ experiment = presets.grpo(
 """
 
 
+TWICE = """
+import json, sys
+import jax
+from rljax import cli
+
+for call in json.loads(sys.argv[1]):
+    assert cli.main(call) == 0
+    jax.clear_caches()  # as in a new process
+    for stream in (sys.stdout, sys.stderr):
+        print("=====", file=stream, flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def starts(stories, tmp_path_factory):
-    """Two runs of one experiment, each in a process of its own: {name: what it said}, and their folder."""
+def starts(small, tmp_path_factory):
+    """Two runs of one experiment; the second finds files of the first only: {name: what it said}, and their folder."""
     folder = tmp_path_factory.mktemp("starts")
     file = folder / "experiment.py"
-    file.write_text(FILE.format(model=str(stories), data=cases.prompts(folder), out=str(folder)))
+    file.write_text(FILE.format(model=str(small), data=cases.prompts(folder), out=str(folder)))
     shared = {**os.environ, "RLJAX_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     shared["JAX_ENABLE_COMPILATION_CACHE"] = "true"
     shared["JAX_DEBUG_LOG_MODULES"] = "jax._src.compiler"
     shared["XLA_FLAGS"] = compiler.QUICK  # one device
-    said = {}
-    for name in ("first", "second"):
-        command = [sys.executable, "-m", "rljax", "run", str(file), "--name", name]
-        command += ["--profile", "2"] if name == "second" else []
-        done = subprocess.run(command, env=shared, cwd=folder, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        said[name] = done.stdout + done.stderr
+    calls = [["run", str(file), "--name", "first"], ["run", str(file), "--name", "second", "--profile", "2"]]
+    command = [sys.executable, "-c", TWICE, json.dumps(calls)]
+    done = subprocess.run(command, env=shared, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = [stream.split("=====\n") for stream in (done.stdout, done.stderr)]
+    said = {name: out + err for name, out, err in zip(("first", "second"), *parts, strict=False)}
     return said, folder
 
 
