@@ -304,3 +304,201 @@ def test_online_plans_compile_what_a_run_compiles(on_device, story, tmp_path):
     real = {"iteration": setup.whole} if on_device else {"sampler": setup.sampler.sample, "update": setup.learn}
     for name, compiled in real.items():
         assert bare_hlo(planned[name].compile().as_text()) == bare_hlo(compiled.as_text()), name
+
+
+def test_reward_models_are_held_too(tmp_path):
+    """A critic that starts from a reward model, and that model as the reward: planned from its config."""
+    for name, architecture in (("policy", "LlamaForCausalLM"), ("judge", "LlamaForSequenceClassification")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, SMALL | {"architectures": [architecture]}, "")
+    judge, fixtures = str(tmp_path / "judge"), pathlib.Path(__file__).parent / "models" / "fixtures"
+    encoder = rewards.from_checkpoint(str(fixtures / "encoder_roberta_classifier"), label="POSITIVE", name="mood")
+    reward = rewards.from_checkpoint(judge), rewards.from_checkpoint("runs/to-come", name="later"), encoder
+    run = presets.ppo_huang2024(model=str(tmp_path / "policy"), data="none.jsonl", reward=reward, critic=judge, batch=8)
+    made = programs.programs(run, program.make_mesh(run), planning.describe(run.model))
+    split, norms = weights(SMALL)
+    no_output = split - SMALL["vocab_size"] * SMALL["hidden_size"]
+    held = {name: estimate.on_device(tree) for name, tree in made.held.items()}
+    assert held["policy"] == held["reference"] == 4 * (split // 8 + norms)
+    head = 4 * (SMALL["hidden_size"] + 1)
+    assert held["reward judge"] == 4 * (no_output // 8 + norms) + head
+    assert held["critic"] == held["policy"] + head  # it reads with the policy's embedding and has its output matrix
+    assert "the reward later is left out" in " ".join(made.notes)
+    assert made.notes[-1] == "the reward mood, an encoder, judges texts between the programs: not counted"
+    assert "reward mood" not in held
+    assert [one.name for one in made.programs] == ["sampler", "notes (reference, values)", "update"]
+
+
+def test_memory_at_hand_is_what_a_run_is_told(story, tmp_path):
+    run = KINDS["sft"](**story)
+    found = planning.plan(run, planning.machine(None))
+    (update,) = found.blocks
+    assert (found.devices, update.limit) == (8, topologies.machine(None).chip.memory)
+    module = hlo.parse(planned_here(run)["update"].compile().as_text())
+    held = sum(update.memory[name] for name in ("parameters", "optimizer", "batch"))
+    assert held == pytest.approx(costs.parameter_bytes(module), rel=1e-3)
+
+
+def test_the_target_decides_not_the_host(tmp_path, monkeypatch):
+    """bfloat16 products, and layers that stay stacked while the sampler runs: for a TPU, planned on a CPU."""
+    pytest.importorskip("libtpu")
+    write(tmp_path, SMALL, "")
+    run = presets.grpo(
+        model=str(tmp_path), data="none.jsonl", reward=len, batch=8, group=2, max_prompt=64, max_completion=64
+    )
+    apart = []
+    monkeypatch.setattr(sampling, "unstack", lambda params: apart.append(sharding.platform()) or unstack(params))
+
+    def traced(devices):
+        mesh = program.make_mesh(run, devices)
+        made = programs.programs(run, mesh, planning.describe(run.model))
+        sampler = next(one for one in made.programs if one.name == "sampler")
+        assert sampler.loops == {"decode": 63}
+        apart.clear()
+        with jax.set_mesh(mesh):
+            return sampler.function.trace(*sampler.args).jaxpr.pretty_print(use_color=False)
+
+    assert "bf16[" in traced(planning.machine("v5e:2x2").devices)
+    assert apart == []
+    assert "bf16[" not in traced(None)
+    assert set(apart) == {"cpu"}
+
+
+# --- slices, models, searches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "memory"),
+    [
+        ("v4:2x2x2", 8, 30.75),
+        ("v5p:2x2x2", 8, 95.74),
+        ("v6e:4x4", 16, 31.25),
+        ("tpu7x:2x2x1", 8, 94.75),
+        ("v5e:1x1", 1, 15.75),
+        ("2xv5e:4x4", 32, 15.75),
+        ("v5p:8x16x16", 2048, 95.74),
+    ],
+)
+def test_slices(name, devices, memory):
+    pytest.importorskip("libtpu")
+    machine = planning.machine(name)
+    assert (len(machine.devices), machine.name, machine.chip.memory / 2**30) == (devices, name, pytest.approx(memory))
+    kinds = {device.device_kind for device in machine.devices}
+    assert kinds == {kind for kind, known in topologies.KINDS.items() if known in name}
+    assert sharding.make_mesh(data=-1, fsdp=1, devices=machine.devices).size == devices
+
+
+def test_slices_lie_along_data():
+    pytest.importorskip("libtpu")
+    machine = planning.machine("v5e:4x4", 2)
+    assert machine.name == "2xv5e:4x4"
+    mesh = sharding.make_mesh(data=4, fsdp=-1, devices=machine.devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices == np.array([0, 0, 1, 1])[:, None, None, None]).all()
+    with pytest.raises(ValueError, match="must be a multiple of 2"):
+        sharding.make_mesh(data=1, devices=machine.devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "message"),
+    [
+        ("v9:4x4", None, "there is no topology 'v9:4x4'.*v5e:16x16"),
+        ("v5e", None, "there is no topology 'v5e'"),
+        ("v5e:16", None, "has 1 sides, but slices of v5e have 2"),
+        ("v5e:0x4", None, "of one chip or more"),
+        ("v5e:9x9", None, "knows no slice v5e:9x9"),
+        ("2xv5e:4x4", 3, "has 2 slices and slices=3"),
+        ("v5e:4x4", 0, "slices=0 must be at least 1"),
+        (None, 2, "are of a topology: name one"),
+    ],
+)
+def test_wrong_names(name, slices, message):
+    pytest.importorskip("libtpu")
+    with pytest.raises(ValueError, match=message):
+        planning.machine(name, slices)
+
+
+def test_two_processes_may_plan_at_a_time():
+    """The compiler's library lets one process of a machine have its chips, but none is needed."""
+    pytest.importorskip("libtpu")
+    assert len(planning.machine("v5e:2x2").devices) == 4
+    again = "from jax.experimental import topologies as t; print(len(t.get_topology_desc('v5e:2x2', 'tpu').devices))"
+    assert set(topologies.OFFLINE.items()) <= set(os.environ.items())  # which says so to the library
+    done = subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.stdout == "4\n", done.stderr
+
+
+def test_without_the_compiler(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(jax_topologies, "get_topology_desc", None)
+    assert cli.main(["plan", str(write(tmp_path, SMALL, DPO)), "--topology", "v5e:4x4"]) == 2
+    assert 'pip install "jax[tpu]"' in capsys.readouterr().err
+
+
+def test_only_a_config_is_needed(tmp_path):
+    write(tmp_path, SMALL, "")
+    folder = planning.describe(str(tmp_path))
+    assert folder == planning.describe(str(tmp_path / "config.json"))
+    assert folder.stop_ids == (128001,)
+    assert folder.config.num_layers == 2
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | {"architectures": ["Mamba"]}))
+    with pytest.raises(ValueError, match="unsupported architecture 'Mamba'"):
+        planning.describe(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no folder 'nowhere'"):
+        planning.describe("nowhere")
+
+
+@pytest.mark.long
+def test_a_search_ranks_what_fits(tmp_path, capsys):
+    pytest.importorskip("libtpu")
+    file = write(tmp_path, SMALL, DPO.replace("512", "64").replace("256", "8"))
+    assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "3", "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)
+    assert len(plans) == 3
+    assert len({(*plan["mesh"].values(), plan["microbatches"]) for plan in plans}) == 3
+    steps = [plan["step"] for plan in plans]
+    assert steps == sorted(steps)
+    assert all(np.prod(list(plan["mesh"].values())) == 4 for plan in plans)
+    assert cli.main(["plan", str(file), "--topology", "v5e:2x2", "--search", "--tries", "1"]) == 0
+    assert re.search(r"--mesh\.fsdp \d+ .* update: \w+ .* fits", capsys.readouterr().out)
+
+
+def test_a_search_tries_meshes_before_microbatches():
+    def guess(fsdp, microbatches, seconds, needed=1.0):
+        run = SimpleNamespace(mesh=functools.partial(sharding.make_mesh, fsdp=fsdp), microbatches=microbatches)
+        return meshes.Guess(run, needed, seconds)
+
+    large = guess(2, 1, 0.5, 1e15)  # does not fit
+    good = [guess(1, 2, 1.0), guess(4, 1, 2.0), guess(1, 1, 1.0), large, guess(2, 2, 3.0)]
+    found = meshes._in_order(good, topologies.CHIPS["v5e"])
+    assert [(one.run.mesh.keywords["fsdp"], one.run.microbatches) for one in found] == [
+        (1, 2),
+        (4, 1),
+        (2, 2),
+        (1, 1),
+        (2, 1),
+    ]
+
+
+def test_a_search_drops_what_cannot_be(tmp_path):
+    write(tmp_path, SMALL | {"num_key_value_heads": 1}, "")
+    run = offline.SFT(model=str(tmp_path), data="none.jsonl", batch=3, mesh=sharding.make_mesh)
+    with pytest.raises(ValueError, match=r"no mesh of 8 devices is valid.*cannot be spread"):
+        planning.search(dataclasses.replace(run, max_prompt=64, max_completion=64), planning.machine(None), tries=1)
+    with pytest.raises(ValueError, match="of rljax's mesh, but this one is"):
+        planning.search(dataclasses.replace(run, mesh=lambda: None), planning.machine(None), tries=1)
+
+
+def test_options_are_those_of_the_run(tmp_path, capsys):
+    file = write(tmp_path, SMALL, DPO.replace("512", "64"))
+    assert cli.main(["plan", str(file), "--batch", "12"]) == 2
+    assert "cannot be spread over data×fsdp=8" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["plan", str(file), "--loss.betta", "1"])
+    assert (
+        cli.main(["plan", str(file), "--batch", "16", "--mesh.fsdp", "4", "--mesh.tensor", "2", "--microbatches", "2"])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "mesh data=1 fsdp=4 tensor=2 context=1, microbatches=2" in said
+    assert "fits" in said
