@@ -84,7 +84,8 @@ def test_fewer_slots_are_another_sampler():
     assert str(refilled.jaxpr) != str(plain.jaxpr)
 
 
-def test_coefficients_can_be_swept():
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_coefficients_can_be_swept(alone):
     """The KL's coefficient and the entropy's are numbers like any other: a sweep over them is one program."""
     reference = sharp(1), sharp()  # kept before anything is traced
 
@@ -98,8 +99,8 @@ def test_coefficients_can_be_swept():
 
     found, steps = jax.jit(jax.vmap(moved))(jnp.asarray([0.1, 0.1, 0.3]), jnp.asarray([0.01, 0.5, 0.01]))
     np.testing.assert_allclose(found, [0.1, 0.1, 0.3], rtol=1e-6)
-    alone = jax.jit(lambda: moved(0.1, 0.5))()
-    np.testing.assert_allclose(steps[1], alone[1], rtol=1e-4)
+    if alone:
+        np.testing.assert_allclose(steps[1], jax.jit(lambda: moved(0.1, 0.5))()[1], rtol=1e-4)
     assert len(set(np.asarray(steps).tolist())) == 3
 
 

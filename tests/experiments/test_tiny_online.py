@@ -141,7 +141,7 @@ def test_the_answers_meet_their_conditions(bandit, tokens):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_completions_are_all_there_is(bandit, tokens):
     params = bandit.MODEL.init(jax.random.key(0))
-    pi = np.exp(np.asarray(bandit.completion_logps(params, tokens), np.float64))
+    pi = np.exp(np.asarray(jax.jit(bandit.completion_logps, static_argnums=1)(params, tokens), np.float64))
     np.testing.assert_allclose(pi.sum((1, 2)), 1, atol=1e-5)
     assert (pi > 0).sum() == bandit.PROMPTS * (8 if tokens == 1 else 1 + 7 * 8)
 
