@@ -71,6 +71,7 @@ def test_longrope_takes_the_short_factors_for_short_rows():
     assert np.abs(golden["first"] - golden["logits"][:1, :SPLIT]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_cached_steps(name):
     """One prefill, then token by token, then the others at once."""
