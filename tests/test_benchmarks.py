@@ -100,7 +100,7 @@ def test_online_prints_one_figure_each(figure, monkeypatch, capsys):
         assert update == ppo > 1.9 * grpo  # policy and critic, or the policy alone
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_state_is_updated_in_place(monkeypatch):
     """Policy and critic."""
     monkeypatch.syspath_prepend(FOLDER)
@@ -174,7 +174,7 @@ def test_least_seconds_of_a_step_by_hand(monkeypatch):
     assert grpo == pytest.approx(63 * 2 * 16 * (layers + head) + shared_prompts + learn)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shared_prompts_are_measured_against_plain_rows(monkeypatch, capsys):
     monkeypatch.syspath_prepend(FOLDER)
     import shared

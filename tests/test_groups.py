@@ -108,8 +108,8 @@ def test_what_is_noted_of_completions_is_equal(name):
 THREE = groups.Shares(3, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "grpo")])
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
 def test_an_iteration_is_equal(name):
     kind, changes = CASES[name]
     plain, before, trace = learned(kind, groups.NONE, **changes)

@@ -118,8 +118,8 @@ def metrics(folder):
     return [{name: value for name, value in row.items() if not re.search("second|time|/s$", name)} for row in kept]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dpo", pytest.param("whole", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["dpo", "whole"])
 def test_weights_that_wait_in_host_memory_change_no_bit(kind, small, tmp_path):
     run = {
         "dpo": functools.partial(DPO, data=cases.pairs(tmp_path), cache_reference=False),

@@ -63,7 +63,7 @@ def starts(small, tmp_path_factory):
     return said, folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_second_start_compiles_nothing_again(starts):
     said, folder = starts
     kept = {path.name.split("-")[0] for path in (folder / "cache" / "programs").iterdir()}
@@ -75,7 +75,7 @@ def test_the_second_start_compiles_nothing_again(starts):
     assert noise == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_programs_from_the_cache_compute_the_same_bits(starts):
     _, folder = starts
     records = [(folder / name / "metrics.jsonl").read_bytes() for name in ("first", "second")]
@@ -83,7 +83,7 @@ def test_programs_from_the_cache_compute_the_same_bits(starts):
     assert len(tracking.read_rows(folder / "second" / "metrics.jsonl")) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_profile_shows_the_steps_under_our_names(starts):
     said, folder = starts
     (trace,) = (folder / "second" / "tensorboard").rglob("*.xplane.pb")
@@ -96,7 +96,7 @@ def test_a_profile_shows_the_steps_under_our_names(starts):
     assert list((folder / "first").rglob("*.xplane.pb")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_profile_changes_no_experiment(starts):
     """A run may be resumed with a profile that it did not have."""
     _, folder = starts

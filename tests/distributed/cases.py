@@ -146,6 +146,8 @@ def experiment(name: str, model: str, folder):
     common = {"model": model, "name": name, **COMMON}
     pair, prompt, judged = f"{folder}/pairs.jsonl", f"{folder}/prompts.jsonl", f"{folder}/judge"
     on = common | ONLINE | {"data": prompt}
+    device_judge = rewards.from_checkpoint(judged)
+    host_judge = rewards.from_checkpoint(judged, max_length=40, name="host")  # rows are cut to it on the host
     made = {
         "sft": lambda: offline.SFT(**common, data=sft_rows),
         "packed": lambda: offline.SFT(**common, data=f"{folder}/texts.jsonl", packing=True),
@@ -156,11 +158,11 @@ def experiment(name: str, model: str, folder):
         ),
         "kto": lambda: offline.Unpaired(**common, data=pair),
         "ppo": lambda: online.PPO(
-            **on | {"batch": 8}, reward=(vowels, rewards.from_checkpoint(judged, max_length=40)), critic=judged,
-            epochs=2, minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
+            **on | {"batch": 8}, reward=(vowels, host_judge, device_judge), critic=judged, epochs=2,
+            minibatches=2, kl_target=2.0, kl_horizon=50, normalize_running=True, ema=0.9, old_logps="trainer",
         ),
         "grpo_device": lambda: presets.grpo(
-            **on | {"group": 2}, reward=(short, rewards.from_checkpoint(judged))
+            **on | {"group": 2}, reward=(short, device_judge)
         ),
         "online_dpo": lambda: presets.online_dpo(**on | {"group": 2}, reward=vowels),
         "raft": lambda: presets.raft(**on | {"group": 2}, reward=vowels),

@@ -21,13 +21,9 @@ from tests.models.make_fixtures import FOLDER
 
 MESHES = {  # 2 processes × 2 devices
     "ppo": {"fsdp": 2, "tensor": 2},
-    "grpo_device": {"data": 2, "fsdp": 2},
     "episodes": {"fsdp": 4},
-    "dpo_fresh": {"fsdp": 2, "tensor": 2},
 }
-SHORT = {name: ["--steps", "2", "--samples", "1"] for name in MESHES}  # the second step is made of a first one
-for online in ("ppo", "grpo_device", "episodes"):
-    SHORT[online] += ["--no-checks"]
+SHORT = ["--steps", "2", "--samples", "1", "--no-checks"]  # the second step is made of a first one
 BEGUN = 10  # the step at which two processes take over a run
 
 
@@ -38,7 +34,7 @@ def pair_of(single, tmp_path_factory):
     files = same.files(single, folder, [*MESHES, "long", "ill_at_3"])
     same.alone(files["long"], folder / "one", "--save-every", str(BEGUN), "--keep", "9")
     same.begun(folder / "one" / "long", folder / "from_one", BEGUN)
-    calls = [same.call(files[name], folder / "two", mesh, *SHORT[name]) for name, mesh in MESHES.items()]
+    calls = [same.call(files[name], folder / "two", mesh, *SHORT) for name, mesh in MESHES.items()]
     calls += [["checkpoints", str(FOLDER / "llama"), str(folder / "checkpoints")]]
     calls += [same.call(files["long"], folder / "from_one", {"fsdp": 4}, "--save-every", str(BEGUN), "--keep", "9")]
     calls += [same.call(files["long"], folder / "two", {"fsdp": 4})]
@@ -69,11 +65,10 @@ def said(folder, process):
 def test_two_processes_find_what_one_finds(pair_of, name):
     """Tokens, rewards, metrics, held-out metrics, samples and what is kept of single tokens, step by step."""
     files, folder = pair_of
-    one = same.alone(files[name], folder / "one", *SHORT[name])
+    one = same.alone(files[name], folder / "one", *SHORT)
     same.assert_same(one, folder / "two" / name, tolerance=5e-3)
-    if name == "dpo_fresh":
-        first, second = [row["loss"] for row in tracking.read_rows(one / "metrics.jsonl") if "loss" in row]
-        assert first != second  # something is learned that could have come out differently
+    first, second = [row["loss"] for row in tracking.read_rows(one / "metrics.jsonl") if "loss" in row]
+    assert first != second  # something is learned that could have come out differently
 
 
 @pytest.mark.slow

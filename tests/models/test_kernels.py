@@ -297,10 +297,8 @@ def test_key_heads_are_repeated_where_the_mesh_splits_more_heads():
 # --- compiled for what is not here ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("unroll", "times"), [pytest.param(1, 1, id="loop"), pytest.param(None, 2, id="no loop", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("unroll", "times"), [pytest.param(1, 1, id="loop"), pytest.param(None, 2, id="no loop")])
 def test_compiled_for_a_tpu_no_scores_are_held(monkeypatch, unroll, times):
     """The gradient of two layers on four chips, each with a row of 1,024 tokens: three kernels, which a plan counts."""
     pytest.importorskip("libtpu")
