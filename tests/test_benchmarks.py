@@ -47,7 +47,7 @@ def test_offline_prints_a_figure_of_an_update(monkeypatch, capsys):
     assert figure["tokens_per_second"] == pytest.approx(2 * 128 / figure["seconds"], rel=1e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_offline_takes_a_step_of_every_other_update(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import offline

@@ -608,7 +608,7 @@ def test_a_critic_from_a_run_that_trained_a_reward_model(settings, tmp_path):
 TURNS = {"max_completion": 48, "reward": None, "turn_tokens": 4, "minibatches": 2, "critic": "shared"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_environment_of_several_turns(settings, tmp_path):
     """Actions are trained, what the environment says is only read; nothing is tokenised twice."""
     game = number_guessing(low=1, high=4, max_turns=2)

@@ -313,7 +313,7 @@ def state_bits(run: pathlib.Path) -> dict[str, object]:
     return {"step": step, **record["leaves"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigkill_at_a_random_moment_and_sigterm_change_no_bit(small, tmp_path, pairs, capsys):
     """Killed from outside as a process, then told to stop, then left alone, against one that was never stopped."""
     file = tmp_path / "experiment.py"

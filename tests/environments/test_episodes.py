@@ -233,6 +233,7 @@ def test_copies_share_a_reset_and_rows_do_not():
     assert not set(seeds) & set(other)
 
 
+@pytest.mark.long
 def test_the_copies_of_an_episode_can_share_their_prompt(llama):
     """A model that reads a prompt once for its copies has the same log-probabilities, also where a reset failed and
     where copies end after different turns: what `groups.shares` relies on.

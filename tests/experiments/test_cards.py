@@ -317,7 +317,7 @@ def begun_with(name: str) -> str:
     return json.loads(pathlib.Path("runs", name, "experiment.json").read_text())["model"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hh(world):
     rows = str(write_data("Anthropic/hh-rlhf"))
     run_card("sft_hh_pythia_2p8b", "--data.source", rows)
