@@ -1,20 +1,25 @@
 """Plans against bytes and operations worked out by hand, and against what a run really compiles."""
 
 import collections
+import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import topologies as jax_topologies
 
-from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sharding, tracking
+from rljax import cli, data, losses, offline, online_setup, presets, program, rewards, sampling, sharding, tracking
 from rljax import plan as planning
-from rljax.plan import estimate, programs
+from rljax.models import unstack
+from rljax.plan import costs, estimate, hlo, meshes, programs, topologies
 from tests import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
