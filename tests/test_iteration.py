@@ -84,7 +84,8 @@ def test_fewer_slots_are_another_sampler():
     assert str(refilled.jaxpr) != str(plain.jaxpr)
 
 
-@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("alone", [False, True])
 def test_coefficients_can_be_swept(alone):
     """The KL's coefficient and the entropy's are numbers like any other: a sweep over them is one program."""
     reference = sharp(1), sharp()  # kept before anything is traced

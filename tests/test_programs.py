@@ -220,7 +220,7 @@ def test_reward_model_learns_and_is_normalised(small, tmp_path, pairs):
         artefacts.sample(str(run), ["Hello"], chat=False, max_new_tokens=4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_best_of_four(small, tmp_path):
     rows = [
         {"prompt": f"The {w}", "completions": [f" is {k}." for k in ("sad", "happy", "old", "wet")], "best": 1}

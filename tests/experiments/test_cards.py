@@ -506,6 +506,7 @@ def in_this_process(command, **_):
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
+@pytest.mark.long
 def test_what_a_plan_prints_is_quoted(cards, tmp_path, monkeypatch):
     """The plan of a card for the fixture of its family, written into a copy of the card, and read for the gallery."""
     pytest.importorskip("libtpu")

@@ -271,8 +271,8 @@ def test_one_seed_has_no_confidence(load):
 # --- self-play --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("copies", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("copies", [False, True])
 def test_self_play_takes_two_steps(load, capsys, copies):
     status = load("self_play").main(steps=2, episodes=8, copies=copies)
     printed = capsys.readouterr().out

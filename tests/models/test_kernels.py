@@ -182,7 +182,7 @@ def test_reading_prompts_into_a_cache_is_the_same_with_splash():
     close(ours, theirs, 2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shared_prompts_are_the_same_with_splash():
     """Two groups of three completions; windows reach back from completions into prompts, which are padded in front."""
     prompt, own, n = 180, 120, 3
