@@ -47,6 +47,7 @@ small_pages = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @small_pages
 def test_temporaries_are_not_faulted_in_at_every_call():
     left, kept = later_calls("leave")

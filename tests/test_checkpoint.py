@@ -221,6 +221,7 @@ with Checkpoints(sys.argv[1], keep=2) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path, caplog):
     """A real kill -9 with an unfinished checkpoint on disk: it is ignored with a notice, the one before it is whole."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
@@ -270,6 +271,7 @@ def read_or_refuse(folder, like):
 
 
 # Orbax leaves its reading coroutines unfinished when one of them fails.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["delete", "truncate", "empty", "flip"])
 def test_damage_is_never_restored_silently(tmp_path, how):

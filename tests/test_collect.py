@@ -252,6 +252,7 @@ def test_a_group_with_one_judged_row_has_no_contrast(tokenizer, rows):
         loop(sampler, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{"lag": 1}, {"lag": 2}, {"filter_groups": True, "max_age": 2}, {"filter_groups": True}], ids=str
 )

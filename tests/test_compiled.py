@@ -160,6 +160,7 @@ def test_the_host_has_no_part_in_it(both):
                 assert all(shape.space == 0 for shape in one.shapes), one
 
 
+@pytest.mark.slow
 def test_the_decoding_loop_of_a_tpu_copies_no_cache():
     """Compiled for eight chips: caches are copied into the loop, if at all, and never in it. (CPUs copy them on a mesh
     and not on one device.)

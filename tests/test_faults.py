@@ -31,6 +31,8 @@ from rljax.errors import UserError
 from rljax.finite import NotFiniteError
 from tests.test_programs import state_bits
 
+pytestmark = pytest.mark.slow
+
 RECORDS = ("metrics.jsonl", "samples.jsonl")
 LONG = functools.partial(pytest.param, marks=pytest.mark.long)
 # What the loop does for both kinds alike is looked at in one.

@@ -164,6 +164,7 @@ def test_settings_that_no_distribution_has_are_refused(kwargs, said):
         Sampling(**kwargs)
 
 
+@pytest.mark.slow
 def test_ids_without_a_token_have_no_probability_in_sampler_or_trainer():
     """Five of 61, in two ranges, though their logits are the largest; under all other filters and under none."""
     absent, params = ((7, 9), (58, 61)), {**tiny.bigram_params(), "layers": {"0": {}}}

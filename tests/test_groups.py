@@ -83,6 +83,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_noted_of_completions_is_equal(name):
     """Log-probabilities of policy and reference, values: operation by operation, since each program runs once."""

@@ -14,6 +14,8 @@ from rljax.filters import Sampling
 from rljax.types import Mean
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 STOPS = (0, *range(5, 60, 5))  # the first is also the id that prompts are padded with
 FILTERED = {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.001, "min_new_tokens": 2}
 KEY = jax.random.key(3)

@@ -424,6 +424,7 @@ def test_watch_ends_with_the_status_of_a_run_that_failed(cloud):
     assert not (cloud.folder / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])  # the latter as a power cut: no last word
 def test_watch_begins_again_where_workers_were_told_to_leave_or_started_again(cloud, number):
     """On the slice that is there; and where a run ended before this watch, which is none of its business."""

@@ -22,6 +22,7 @@ def chunked(params, tokens, **kwargs):
     return logprobs.map_logits(tiny.model(), params, tokens, ops.aligned_logps, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, 100])
 @pytest.mark.parametrize("max_trained", [None, 11])
 def test_equals_the_plain_formula(chunk, max_trained):
@@ -41,6 +42,7 @@ def test_equals_the_plain_formula(chunk, max_trained):
     chex.assert_trees_all_close(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_compaction_keeps_scattered_trained_tokens():
     """Tool tokens between sampled ones: the trained tokens of a row need not be next to each other."""
     tokens = tiny.tokens(rows=4, length=10)
@@ -52,6 +54,7 @@ def test_compaction_keeps_scattered_trained_tokens():
     np.testing.assert_allclose(got, plain(tiny.params(), tokens), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_temperature_divides_logits():
     tokens = tiny.tokens()
     got = logprobs.token_logps(tiny.model(), tiny.params(), tokens, temperature=0.7)
@@ -67,6 +70,7 @@ def test_entropy_in_the_same_pass():
     np.testing.assert_allclose(logps, plain(tiny.params(), tokens), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_contents_and_companions_do_not_matter():
     tokens = tiny.tokens(rows=4)
     expected = chunked(tiny.params(), tokens)
@@ -101,6 +105,7 @@ def filtered(params, tokens, sampling):
     return [jnp.where(tokens.mask, jnp.pad(x, ((0, 0), (1, 0))), 0.0) for x in both]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_trained", [None, 11])
 def test_of_the_distribution_that_was_sampled_from(max_trained):
     tokens = tiny.tokens(empty=(2,))
@@ -116,6 +121,7 @@ def test_of_the_distribution_that_was_sampled_from(max_trained):
     assert float(jnp.abs(logps - plain(tiny.params(), tokens, 0.7)).max()) > 0.1  # the filters did something
 
 
+@pytest.mark.slow
 def test_random_tokens_would_be_cut_and_have_finite_gradients():
     """Tokens that the sampler cannot have drawn: kept, so neither value nor gradient is anything but a number."""
     tokens = tiny.tokens(empty=(2,))
@@ -154,6 +160,7 @@ def test_filters_hold_no_logits_of_the_whole_batch(monkeypatch):
         assert whole not in jaxpr
 
 
+@pytest.mark.slow
 def test_what_else_describes_a_token_arrives_with_it():
     """Extra arrays are gathered and cut into chunks as the ids are."""
     tokens = tiny.tokens(empty=(2,))

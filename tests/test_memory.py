@@ -18,6 +18,8 @@ from rljax.plan.configs import describe
 from tests import compiler
 from tests.distributed import cases
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -379,6 +379,7 @@ def test_reinforce_plus_plus_adds_up_what_is_to_come_and_whitens_over_the_batch(
     assert_rows(batch.advantages, rollout, whitened(rows, 1, shift=True))
 
 
+@pytest.mark.slow
 def test_rows_without_a_reward_leave_their_group_to_the_others():
     """None moves nothing and trains nothing; to a function that does not ask, it counts as the mean of the others."""
     total = GROUPS.copy()
@@ -496,6 +497,7 @@ def test_the_kl_in_the_loss_follows_the_controller():
 # --- pairs and demonstrations -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pairs_are_the_best_against_the_worst():
     """Of four prompts: an ordinary one; a tie; one row judged; one where the best and worst stand around a None."""
     total = np.asarray([[1.0, 3.0, -2.0, 0.0], [1, 1, 1, 1], [NAN, 5, NAN, NAN], [NAN, -1.0, 2.0, NAN]], np.float32)
@@ -524,6 +526,7 @@ def test_pairs_are_the_best_against_the_worst():
     assert all(np.isfinite(float(mean.total)) for mean in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drawn", [{"temperature": 0.5}, {"top_k": 20}, {"top_p": 0.9}, {"min_new_tokens": 3}])
 def test_pairs_are_seen_through_the_distribution_that_they_were_drawn_from(drawn):
     """Policy = reference, so log-ratios are 0 and the loss is ln 2, at any temperature, with any filter (TRAPS 20)."""

@@ -329,6 +329,7 @@ def killed(mutation: Mutation) -> frozenset[str]:
     return frozenset(g.id for g in GOLDENS if g.function == mutation.function and not survives(g, module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", TABLE, ids=lambda m: f"{m.function}: {m.old} -> {m.new}")
 def test_a_broken_formula_fails_a_golden(mutation):
     assert killed(mutation)

@@ -22,6 +22,7 @@ def value(mean):
     return float(mean.value())
 
 
+@pytest.mark.slow
 def test_preference_is_the_loss_of_the_sums():
     batch, loss = tiny.pairs(empty=(6,)), functools.partial(losses.dpo_loss, beta=0.3)
     mean, metrics = objectives.preference(tiny.model(), loss)(tiny.params(), batch)
@@ -157,6 +158,7 @@ def test_functions_of_other_kinds_are_tried_too():
     offline.check(broken)
 
 
+@pytest.mark.slow
 def test_objectives_check_the_form_of_a_loss_themselves():
     objective = objectives.preference(tiny.model(), lambda a, b, c, d: (b - a)[:, None])
     with pytest.raises(UserError, match=r"must return one number a row"):

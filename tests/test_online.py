@@ -38,6 +38,8 @@ from rljax.models import hf
 from tests.test_programs import state_bits
 from tests.traced import traced
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
 STEPS = 4
 RECORDS = ("metrics.jsonl", "samples.jsonl", "evidence.jsonl")

@@ -270,6 +270,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=pytest.mark.long if "computed" in kind else ()) for kind in KINDS]
 )
@@ -494,6 +495,7 @@ def test_a_search_drops_what_cannot_be(tmp_path):
         planning.search(dataclasses.replace(run, mesh=lambda: None), planning.machine(None), tries=1)
 
 
+@pytest.mark.slow
 def test_options_are_those_of_the_run(tmp_path, capsys):
     file = write(tmp_path, SMALL, DPO.replace("512", "64"))
     assert cli.main(["plan", str(file), "--batch", "12"]) == 2

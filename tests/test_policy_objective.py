@@ -91,6 +91,7 @@ def by_hand(tree, data, aggregate):
     return total, {name: np.mean(numbers) for name, numbers in terms.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"])
 def test_every_term_by_hand(aggregate):
     """surrogate · importance + kl_coef · k3 − 0.02 H + 0.5 value loss, per token; PPO-ptx beside it."""
@@ -106,6 +107,7 @@ def test_every_term_by_hand(aggregate):
     assert float(text.weight) == float(data.pretrain.mask.sum())
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_finite_differences():
     """In the directions of 5 random changes of all parameters, in float64 (which a value head is not)."""
 
@@ -133,6 +135,7 @@ def test_the_gradient_is_that_of_finite_differences():
             assert along == pytest.approx((up - down) / (2 * step), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_moves_nothing():
     """Other ids, and numbers of any size, where nothing is trained (TRAPS 9, 12)."""
     data, rng = batch(), np.random.default_rng(1)

@@ -23,6 +23,8 @@ from rljax import artefacts, cli, data, losses, objectives, offline, program, sh
 from rljax.models import hf
 from rljax.types import Mean
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 WORDS = ["cat", "dog", "tree", "house", "ball", "bird", "car", "hat", "fish", "boat"]
 

@@ -24,6 +24,7 @@ def test_the_first_snippet_is_the_simpo_experiment():
     assert len(code.splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_snippets_run_and_print_what_they_say(capsys):
     space = {}
     exec(SNIPPETS[1], space)

@@ -69,6 +69,7 @@ def test_the_key_has_all_that_they_depend_on(start, stories):
         assert key(start._replace(model=start.model._replace(config=same))) == first
 
 
+@pytest.mark.slow
 def test_batches_in_flight_change_no_bit_and_damaged_files_are_made_again(start, tmp_path, monkeypatch, caplog):
     run, rows = preference(), data.read(ROWS)
     mesh = program.make_mesh(run)

@@ -15,6 +15,8 @@ from rljax.models import RULES, build
 from rljax.types import Rollout, Tokens
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 GENERATE = functools.partial(sampling.generate, tiny.model(), max_new_tokens=6)
 TABLE = functools.partial(sampling.generate, tiny.bigram(), max_new_tokens=6)  # where no attention is looked at
 STOPS = (3, 7, 11, 12, 13, 14, 15, 16, 17)  # so many that random rows end early

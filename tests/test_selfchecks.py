@@ -115,6 +115,7 @@ def test_companions_finds_a_model_that_attends_to_padding():
     assert not selfchecks.companions(policy(broken)._replace(params=strong), tiny.tokens()).passed
 
 
+@pytest.mark.slow
 def test_sampler_finds_log_probabilities_of_another_temperature():
     """TRAPS 20."""
     sharp = policy()._replace(params=jax.tree.map(lambda x: x * 3, tiny.params()))
@@ -209,6 +210,7 @@ def test_sampled_tokens_are_shown_and_judged():
     assert check(turns, single_turn=False).passed
 
 
+@pytest.mark.slow
 def test_sampler_finds_filters_that_the_trainer_does_not_know():
     """TRAPS 21: log-probabilities of what top-k left are recomputed under the same top-k, or do not agree."""
     sharp = policy()._replace(params=jax.tree.map(lambda x: x * 2, tiny.params()))

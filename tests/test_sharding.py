@@ -116,6 +116,7 @@ def packed_rows():
     return params, (ids, segments), step, jax.jit(step)(params, ids, segments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "pinned"),
     [
@@ -139,6 +140,7 @@ def test_every_mesh_computes_the_same(sizes, pinned):
     assert all(jax.tree.leaves(jax.tree.map(lambda leaf, place: leaf.sharding == place, gradient, places)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gather", [8.0, 0.0])
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2}])
 def test_a_mesh_writes_the_same(sizes, gather):

@@ -62,6 +62,7 @@ def test_nothing_to_learn_from_moves_nothing():
 DECODER, TABLE = (tiny.model, tiny.params), (tiny.bigram, tiny.bigram_params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "microbatches", "whole"),
     [("preference", 2, DECODER), ("preference", 4, TABLE), ("supervised", 2, TABLE), ("supervised", 4, TABLE)],
@@ -125,6 +126,7 @@ def on_one_device():
     return step(preference_loss(tiny.model), tiny.pairs(empty=(3,)), tiny.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "axes",
     [
@@ -234,6 +236,7 @@ def test_epochs_without_minibatches_see_the_whole_batch_each_time():
     assert values(metrics)["policy/updates"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "made"), [(0.0, 1), (0.5, 3), (2.0, 8)])
 def test_target_kl_stops_the_updates_that_are_left(limit, made):
     """The third update's approxkl is 1: the one that sees it is the last, and the state stays as it left it."""
@@ -305,6 +308,7 @@ def ptx_batch():
     return dataclasses.replace(tiny.rollouts(), pretrain=tiny.tokens(4, 12, seed=5, empty=(2,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [2, 4])
 def test_microbatches_are_exact_for_several_means(microbatches):
     """Each mean is divided by its own weight in the whole batch: uneven masks on both sides (TRAPS 3, 5)."""
@@ -348,6 +352,7 @@ def test_the_gradient_of_several_means_is_the_sum_of_their_gradients():
     assert values(metrics)["loss/pretrain_avg"] == pytest.approx(float(text_loss), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregate", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant"])
 def test_duplicating_rollouts_changes_nothing(aggregate):
     """In any aggregation, beside pretraining text (TRAPS 5)."""

@@ -36,6 +36,7 @@ def looks():
     }
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_entropies_are_those_of_the_filtered_distribution(looks):
     tokens, found = looks
     hidden = tiny.model().apply(tiny.params(), tokens.ids, tokens.segments).hidden

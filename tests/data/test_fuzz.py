@@ -77,6 +77,7 @@ def place(path, action):
         return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "deepseek"])
 @FUZZ
 @given(row=rows)

@@ -14,6 +14,8 @@ from rljax.filters import Sampling
 from tests import tiny
 from tests.environments import chain
 
+pytestmark = pytest.mark.slow
+
 ROWS = [{"prompt": [20, 21, 1]}, {"prompt": [30, 5]}, {"prompt": [9]}]
 # After 1 the policy writes 2, 3 and stops; after 5 it stops at once; after 9 it never stops; 12 makes it write 6, 7, 8.
 TABLE = {1: 2, 2: 3, 5: chain.STOP, 9: 10, 10: 9, 11: 5, 12: 6, 6: 7, 7: 8, 8: 9}

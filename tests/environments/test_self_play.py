@@ -76,6 +76,7 @@ def test_a_failure_ends_the_episode_for_both():
         assert player.rollout.tokens.mask.any(1).tolist() == [False, True]
 
 
+@pytest.mark.slow
 def test_copies_of_a_real_model_agree_with_the_trainer():
     """Two copies with different weights: each row's log-probabilities are those of its own player."""
     players = [policy.Policy(tiny.model(), tiny.params(seed), chain.TOKENIZER, ()) for seed in (0, 1)]

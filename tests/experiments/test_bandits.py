@@ -33,12 +33,14 @@ def swap(monkeypatch):
     monkeypatch.setattr(losses, "ipo_loss", dpo)
 
 
+@pytest.mark.slow
 def test_every_algorithm_reaches_its_optimum(bandits):
     table = verdicts(bandits[0].reproduce(seeds=1, quick=True))
     assert len(table) == 11
     assert all(table.values())
 
 
+@pytest.mark.slow
 def test_swapped_losses_miss_their_optima(bandits, monkeypatch):
     swap(monkeypatch)
     table = verdicts(bandits[0].reproduce(seeds=1, quick=True, sampled_steps=100))
@@ -60,12 +62,14 @@ def test_too_few_samples_for_the_steps_is_an_error(bandits):
         bandits[0].reproduce(seeds=1, quick=True, samples=10)
 
 
+@pytest.mark.slow
 def test_ipo_stays_where_dpo_runs_away(bandits):
     table = verdicts(bandits[1].reproduce(seeds=1, quick=False))
     assert len(table) == 12
     assert all(table.values())
 
 
+@pytest.mark.slow
 def test_swapped_losses_fail_every_row(bandits, monkeypatch):
     swap(monkeypatch)
     table = verdicts(bandits[1].reproduce(seeds=1, quick=False, steps=1000))

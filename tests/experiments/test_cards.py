@@ -251,6 +251,7 @@ def cards(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_a_card_reads_its_rows_and_its_programs_are_traced(name, left, cards, monkeypatch, tmp_path):
     monkeypatch.chdir(left)

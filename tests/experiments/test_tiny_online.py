@@ -138,6 +138,7 @@ def test_the_answers_meet_their_conditions(bandit, tokens):
         assert np.abs(bandit.stepwise(ref, r) - best).max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_completions_are_all_there_is(bandit, tokens):
     params = bandit.MODEL.init(jax.random.key(0))
@@ -156,6 +157,7 @@ def train(bandit, name: str, *, steps: int, samples: int):
     return np.exp(np.asarray(pi, np.float64)), np.exp(np.asarray(ref, np.float64))
 
 
+@pytest.mark.slow
 def test_rloo_comes_near_the_optimum(bandit):
     pi, ref = train(bandit, "RLOO", steps=60, samples=64)
     best = bandit.tilted(ref, bandit.TABLE.astype(np.float64))
@@ -225,6 +227,7 @@ def test_a_seed_among_others_is_the_seed_alone(load):
     assert np.abs(together["kl"][0, :, -1] - together["kl"][1, :, -1]).min() > 1e-4  # and so do learning rates
 
 
+@pytest.mark.slow
 def test_a_sweep_is_over_rates_and_seeds(load, monkeypatch):
     module = load("ppo_seeds")
     run, rates = dataclasses.replace(module.RUN, steps=3, batch=8), (1e-3, 3e-3)

@@ -71,6 +71,7 @@ def test_every_public_function_has_a_golden():
     assert public <= FIRST.keys()
 
 
+@pytest.mark.slow
 @each_golden
 def test_golden(golden: Golden):
     result = lookup(golden)(*golden.arrays())

@@ -39,6 +39,7 @@ def rows(t: int, s: int, *, window: int = 0, seed: int = 0):
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (query, key, value, bias, counts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("t", "s", "window", "softcap", "blocks"),
     [(12, 12, 0, None, 3), (11, 11, 4, None, 4), (10, 17, 0, 2.0, 4), (3, 8, 0, None, 2), (7, 7, 0, None, 7)],
@@ -76,6 +77,7 @@ def test_how_many_blocks():
         assert kernels.blocks(4096) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, GEMMA], ids=["llama", "gemma"])
 def test_a_model_is_the_same_in_blocks_and_saves_work(config, monkeypatch):
     """Packed rows of 256 tokens: hidden states and gradients."""

@@ -56,6 +56,7 @@ def close(got, want, tolerance=TOLERANCE):
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_equal_those_of_transformers(name):
     """Rows of 12, 7 and 1 tokens in one batch; real tokens have the pad id here and there, and pairs have types."""
@@ -100,6 +101,7 @@ def test_packed_texts_do_not_see_each_other():
     close(hidden[1, 7:8], golden["hidden"][2, :1])
 
 
+@pytest.mark.slow
 def test_a_long_text_sees_both_ways():
     """Its first token sees the last of 70: rows of so many are cut into blocks where tokens see earlier ones only."""
     config = dataclasses.replace(loaded(BERT)[0].config, max_positions=80)
@@ -120,6 +122,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "change"), MUTATIONS)
 def test_the_goldens_notice_every_setting(name, change):
     model, params, golden = loaded(name)

@@ -78,6 +78,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("queries", "groups", "softcap", "window"), CASES)
 def test_splash_is_the_attention_of_xla(queries, groups, softcap, window):
     keys = rows()
@@ -222,6 +223,7 @@ def test_no_scores_and_no_bias_are_held():
     assert not re.search(r"f32\[[\d,]*300,300\]", traced(model))
 
 
+@pytest.mark.slow
 def test_a_cache_is_read_by_xla():
     """Decoding, and reading the prompt before it, is the same to the last bit."""
     ids = jax.random.randint(jax.random.key(2), (2, 300), 1, 60)

@@ -46,6 +46,7 @@ def close(got, want):
     np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_full_rows(name):
     close(rows(name)[:2], loaded(name)[2]["logits"])
@@ -107,6 +108,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "change"), MUTATIONS)
 def test_the_goldens_notice_every_feature(name, change):
     """A golden that a wrong config still meets would prove nothing."""
@@ -118,6 +120,7 @@ def test_the_goldens_notice_every_feature(name, change):
     assert np.abs(got - golden["logits"]).max() > (3 if "activation" in change else 100) * TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_real_checkpoint_knows_english(stories):
     """stories260K: a likely text is likely."""
     model, params = hf.load(stories)

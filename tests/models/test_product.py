@@ -17,6 +17,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("equation", "left", "right"), CASES)
 def test_equals_einsum(equation, left, right):
     rng = np.random.default_rng(0)

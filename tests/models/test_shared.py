@@ -29,6 +29,7 @@ def groups(seed=0, count=2):
     return Tokens(ids=jnp.asarray(ids), segments=jnp.asarray(segments), mask=jnp.asarray(mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_hidden_states_are_those_of_the_plain_rows(name):
     model, params, _ = make(name)
@@ -41,6 +42,7 @@ def test_hidden_states_are_those_of_the_plain_rows(name):
     np.testing.assert_allclose(shared[real], plain[real], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_losses_and_gradients_are_those_of_the_plain_rows(name):
     model, params, _ = make(name)
@@ -60,6 +62,7 @@ def test_losses_and_gradients_are_those_of_the_plain_rows(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 def test_a_row_that_is_all_padding_does_not_take_the_prompt_away():
     """A row that trains nothing becomes padding, also the first of its group."""
     model, params, _ = make("llama")

@@ -115,6 +115,7 @@ WHERE = {  # row -> document -> slots
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_document_reads_the_same_anywhere(name):
     """Trap 15: packed, left, right or mid-row pads, garbage under them, any companions."""
@@ -129,6 +130,7 @@ def test_a_document_reads_the_same_anywhere(name):
             np.testing.assert_allclose(here, expected, atol=3e-5, err_msg=f"{document} in row {i}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_equals_full(name):
     """Trap 22: the prompt at once, in parts, or token by token; packed and padded; stacked or unstacked layers."""
@@ -166,6 +168,7 @@ def test_repeated_cache_continues_each_row_n_times():
     np.testing.assert_allclose(twice(params), np.repeat(logits(params, ids, segments)[:, 4:], 2, axis=0), atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma", "gpt2"])
 def test_pads_have_no_gradient(name):
     """Trap 9: rows of nothing but pads, and any ids under pads, leave loss and gradient alone and finite."""
@@ -201,6 +204,7 @@ def slope(**how):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -334,6 +338,7 @@ def test_initial_params():
     assert jnp.any(first != second)
 
 
+@pytest.mark.slow
 def test_seeds_can_be_vmapped():
     """Many small models at once, gradients included, as one batched program."""
     model, params, _ = make("llama")
@@ -388,6 +393,7 @@ def test_a_shallow_model_has_no_loop_over_layers(layers, remat, unroll, loops):
     assert jax.jit(loss).lower(params).as_text().count("stablehlo.while") == loops
 
 
+@pytest.mark.slow
 def test_full_rematerialisation_saves_memory_in_a_shallow_model():
     """Temporaries of a gradient: the layers' inputs are kept, not what is inside."""
 

@@ -152,6 +152,7 @@ def test_a_run_of_ours(trained, run, tmp_path, small, expected):
         rewards.opened([rewards.from_checkpoint(tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["run", "folder"])
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}])
 def test_a_judge_is_spread_over_the_mesh_and_nowhere_else(request, trained, kind, axes):
