@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str], alone: bool) -> int:
     try:
+        _check_text(argv)
         if alone and command is run:
             allocator.keep_memory()  # first: what connects processes has threads
         if command in (run, selfcheck):
@@ -92,6 +93,15 @@ def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str], alone: b
             raise
         print(f"rljax {argv[0]}: interrupted{f' ({visible(str(error))})' if str(error) else ''}", file=sys.stderr)
         return 130
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    """UserError for a word that no file could be called: what the system hands over can be handed back."""
+    for word in argv:
+        try:
+            os.fsencode(word)
+        except UnicodeEncodeError as error:
+            raise UserError(f"the argument {word!r} is no text: {error.reason}. Write it anew") from error
 
 
 def run_file(file: str) -> None:

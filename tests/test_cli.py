@@ -164,3 +164,9 @@ def test_describe_is_json_with_functions_by_name():
     assert described["kind"] == "Preference"
     assert described["loss"] == {"function": "rljax.losses.preference.dpo_loss", "beta": 0.1}
     assert described["mesh"] == {"function": "rljax.sharding.make_mesh"}
+
+
+@pytest.mark.parametrize("command", ["report", "export", "sample", "run"])
+def test_a_word_that_is_no_text_is_named(command, capsys):
+    assert cli.main([command, "\ud800"]) == 2
+    assert capsys.readouterr().err.startswith(f"rljax {command}: the argument '\\ud800' is no text")
