@@ -37,6 +37,7 @@ def in_steps(run: R) -> R:
     for why, here in unknown.items():
         if here:
             raise UserError(f"epochs={run.epochs:g} cannot be counted: {why}. Give steps instead")
+    assert not callable(run.data)
     rows = program.split_rows(run, data.read(run.data, split=run.split))[0][0]
     return dataclasses.replace(run, steps=max(1, math.ceil(run.epochs * _examples(run, rows) / run.batch)), epochs=None)
 
