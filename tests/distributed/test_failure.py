@@ -87,7 +87,7 @@ def ends_in_time(running, lost):
     found = pair.wait(running, 60)
     assert found[lost] == -signal.SIGKILL
     assert found[1 - lost] not in (None, 0)
-    assert time.monotonic() - began < int(LOST) + 20
+    assert time.monotonic() - began < int(LOST) + 10
 
 
 @pytest.mark.slow
