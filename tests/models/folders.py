@@ -1,6 +1,7 @@
 """Helpers of the checkpoint tests: what a folder holds, and ways to change a copy of a fixture."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -38,3 +39,16 @@ def same(a, b):
     for (path, x), (_, y) in zip(jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b), strict=True):
         assert x.dtype == y.dtype, path
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
+
+
+def first_layers(source, folder, count):
+    """A checkpoint of a Llama's first layers, at most nine, with its tokenizer."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".json":
+            (folder / file.name).write_bytes(file.read_bytes())
+    edit(folder, num_hidden_layers=count)
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: x for name, x in tensors.items() if not re.search(rf"layers\.[{count}-9]", name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
